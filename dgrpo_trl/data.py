@@ -1,0 +1,179 @@
+"""Prompts on their way into training: checks of the data set, and documents that look like control tokens."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from trl import is_conversational
+
+
+logger = get_logger(__name__)
+
+Prompt = str | list[dict]
+
+# Tokenising every row of a long-context data set takes hours; the longest rows decide
+MAX_ROWS_TOKENIZED = 512
+
+
+def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Breaks up every special token of `tokenizer` that stands literally in `text`, so that it stays text.
+
+    A zero-width space (U+200B) goes in after the first character: `<|im_end|>` then tokenises as the characters that a
+    reader sees, never as the control token. Text without such literals is returned unchanged.
+
+    Args:
+        text (`str`):
+            A document or a question; not a rendered chat template, whose control tokens are meant.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decides what is special.
+
+    Returns:
+        `str`
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    literals = sorted((token for token in special if token in text and len(token) > 1), key=len, reverse=True)
+    if not literals:
+        return text
+    pattern = "|".join(re.escape(token) for token in literals)
+    return re.sub(pattern, lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+
+
+def escape_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """`messages` with `escape_special_tokens` applied to what others wrote: all roles but the assistant's."""
+    return [
+        message if message["role"] == "assistant" else {**message, "content": _escape_content(message, tokenizer)}
+        for message in messages
+    ]
+
+
+def _escape_content(message: dict, tokenizer: PreTrainedTokenizerBase) -> str | list | None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return escape_special_tokens(content, tokenizer)
+    if isinstance(content, list):
+        return [
+            {**part, "text": escape_special_tokens(part["text"], tokenizer)} if part.get("type") == "text" else part
+            for part in content
+        ]
+    return content
+
+
+def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises if `dataset` cannot be trained on, before any weights are loaded.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Data set to look at. The columns of a stream may be unknown, and are then not checked.
+        name (`str`):
+            The argument it was passed as, for the message.
+
+    Raises:
+        ValueError: If it is empty, or has no column `prompt`.
+    """
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has no column 'prompt'; its columns are {sorted(columns)}. The trainer generates completions "
+            "for the prompts of that column. Rename yours with `dataset.rename_column(old, 'prompt')`, or build it "
+            "with `dataset.map`."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(
+            f"`{name}` is empty. There is nothing to train on. Check the path and the split, and whether a filter "
+            "dropped every row."
+        )
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest sequence a model is made for, in tokens, with its RoPE scaling counted; `None` where it states none."""
+    values = config.to_dict()
+    positions = values.get("max_position_embeddings")
+    rope = values.get("rope_parameters") or {}
+    scaled = rope.get("original_max_position_embeddings")
+    if positions is None or not scaled or not rope.get("factor"):
+        return positions
+    return max(positions, int(scaled * rope["factor"]))
+
+
+def check_prompt_lengths(
+    dataset: Dataset,
+    column: str,
+    count_tokens: Callable[[Sequence[Prompt]], list[int]],
+    max_completion_length: int,
+    positions: int,
+    model_name: str,
+) -> None:
+    """Raises if a prompt, with the longest completion, exceeds the positions of the model that is to read it.
+
+    A prompt has no more tokens than bytes, plus those of the chat template, so only rows with enough bytes are
+    tokenised; of these, the `MAX_ROWS_TOKENIZED` longest.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows to check.
+        column (`str`):
+            Column with the prompts, texts or messages; `None` in a row is skipped.
+        count_tokens (`Callable`):
+            Maps prompts to their lengths in tokens.
+        max_completion_length (`int`):
+            Longest completion, in tokens.
+        positions (`int`):
+            Positions of the model, in tokens.
+        model_name (`str`):
+            Which model, for the message.
+
+    Raises:
+        ValueError: If any checked row is too long, naming how many are, the longest, and the way out.
+    """
+    budget = positions - max_completion_length
+    prompts = dataset[column]
+    template_tokens = 512  # more than any chat template adds without tools
+    sizes = {i: _num_bytes(prompt) for i, prompt in enumerate(prompts) if prompt is not None}
+    candidates = sorted((i for i, size in sizes.items() if size + template_tokens > budget), key=sizes.get)
+    checked = candidates[-MAX_ROWS_TOKENIZED:]
+    if not checked:
+        return
+    lengths = [length for i in checked for length in count_tokens([prompts[i]])]
+    num_over = sum(length > budget for length in lengths)
+    if num_over == 0:
+        return
+    at_least = "at least " if len(checked) < len(candidates) else ""
+    raise ValueError(
+        f"{at_least}{num_over} of {len(dataset)} rows have a '{column}' that is too long: the longest has "
+        f"{max(lengths)} tokens, which with `max_completion_length` ({max_completion_length}) exceeds the {positions} "
+        f"positions of {model_name}. Beyond its positions a model is silently wrong. Filter out rows over {budget} "
+        "tokens, lower `max_completion_length`, or extend the positions (for instance YaRN: `rope_parameters` in "
+        "`model_init_kwargs` and `teacher_model_init_kwargs`)."
+    )
+
+
+def _num_bytes(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    total = 0
+    for message in prompt:
+        content = message.get("content") or ""
+        texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+        total += sum(len(text.encode()) for text in texts)
+    return total
+
+
+def prompt_token_counter(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, tools: list[Callable] | None
+) -> Callable[[Sequence[Prompt]], list[int]]:
+    """A function from prompts to their lengths in tokens, as the trainer will tokenise them."""
+
+    def count(prompts: Sequence[Prompt]) -> list[int]:
+        if is_conversational({"prompt": prompts[0]}):
+            escaped = [escape_messages(prompt, tokenizer) for prompt in prompts]
+            encoded = tokenizer.apply_chat_template(
+                escaped, tools=tools or None, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
+            )
+        else:
+            encoded = tokenizer(list(prompts))
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    return count

@@ -1,0 +1,350 @@
+"""The teacher: found, checked against the student before it is loaded, frozen, and asked about rollouts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, is_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id, pad, use_adapter
+
+from .config import DGRPOConfig
+from .heads import CompletionScoring, add_completion_scoring, lm_head
+from .losses import LMHead, token_terms
+
+
+logger = get_logger(__name__)
+
+# As a teacher's name: the PEFT student with its adapter off
+BASE_TEACHER = "base"
+
+
+def resolve_teacher(
+    teacher_model: str | PreTrainedModel | None, args: DGRPOConfig, student: str | nn.Module, has_adapter: bool
+) -> str | PreTrainedModel | None:
+    """The one teacher that was asked for, or `None`.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The trainer's argument.
+        args ([`DGRPOConfig`]):
+            Its `teacher_model_name_or_path` is the other way to name a teacher.
+        student (`str` or `nn.Module`):
+            The trainer's `model`.
+        has_adapter (`bool`):
+            Whether the student is, or will be, a PEFT model.
+
+    Returns:
+        `str`, [`~transformers.PreTrainedModel`] or `None`
+
+    Raises:
+        ValueError: If both ways are used, or none although `distill_coef` asks for a teacher; if init arguments come
+            with a loaded model; if `"base"` is asked of a student without an adapter.
+        TypeError: If `teacher_model` is neither a string nor a model, or is the student itself.
+    """
+    if teacher_model is not None and args.teacher_model_name_or_path is not None:
+        raise ValueError(
+            f"A teacher is given twice: `teacher_model` and `teacher_model_name_or_path` "
+            f"({args.teacher_model_name_or_path!r}). Only one can be used. Remove one of them."
+        )
+    teacher = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    if teacher is None:
+        if args.distill_coef > 0:
+            raise ValueError(
+                f"`distill_coef` is {args.distill_coef}, but there is no teacher. The teacher term needs one. Pass "
+                "`teacher_model` to the trainer, set `teacher_model_name_or_path`, or set `distill_coef=0` to train "
+                "with plain GRPO."
+            )
+        return None
+    if isinstance(teacher, str):
+        if teacher == BASE_TEACHER and not has_adapter:
+            raise ValueError(
+                "`teacher_model='base'` means the student with its PEFT adapter off, but the student has no adapter. "
+                "Pass a `peft_config`, or name a teacher; a folder called 'base' is './base'."
+            )
+        return teacher
+    if not isinstance(teacher, PreTrainedModel) and not is_peft_model(teacher):
+        raise TypeError(
+            f"`teacher_model` is a {type(teacher).__name__}. It must be a Hub id, a path or a transformers model."
+        )
+    if args.teacher_model_init_kwargs is not None or args.teacher_model_revision is not None:
+        raise ValueError(
+            "`teacher_model_init_kwargs` or `teacher_model_revision` is set, but the teacher is already loaded, so "
+            "they cannot apply. Remove them, or pass the teacher's id or path."
+        )
+    if teacher is student:
+        raise TypeError(
+            "`teacher_model` is the student itself, which training would change and freezing would stop. Load it a "
+            "second time, or use a PEFT student with `teacher_model='base'`."
+        )
+    return teacher
+
+
+def load_teacher_config(teacher: str | PreTrainedModel, args: DGRPOConfig) -> PreTrainedConfig:
+    """The teacher's configuration, without its weights.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if not isinstance(teacher, str):
+        return teacher.config
+    kwargs = args.teacher_model_init_kwargs or {}
+    overrides = {name: kwargs[name] for name in ("rope_parameters", "max_position_embeddings") if name in kwargs}
+    try:
+        return AutoConfig.from_pretrained(teacher, **_hub_kwargs(args), **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {teacher!r} cannot be read: {error} Check the id or the path in "
+            "`teacher_model_name_or_path` or `teacher_model`, and that this machine may reach and access it."
+        ) from error
+
+
+def check_vocabularies(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher: str | PreTrainedModel,
+    args: DGRPOConfig,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+) -> None:
+    """Raises unless student and teacher map the same strings to the same ids, and both heads cover these ids.
+
+    The sizes of the heads may differ: families pad them differently, and the divergence is taken over the ids that
+    both have. A teacher passed as a loaded model whose tokenizer cannot be found is trusted, with a warning.
+
+    Args:
+        student_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            Where the teacher's tokenizer is to be found.
+        args ([`DGRPOConfig`]):
+            Revision and trust settings.
+        student_vocab_size (`int`), teacher_vocab_size (`int`):
+            Rows of the two LM heads.
+
+    Raises:
+        ValueError: If the vocabularies differ, naming the first difference.
+    """
+    name = teacher if isinstance(teacher, str) else get_config_model_id(teacher.config)
+    try:
+        teacher_tokenizer = AutoTokenizer.from_pretrained(name, **_hub_kwargs(args)) if name else None
+    except (OSError, ValueError) as error:
+        if isinstance(teacher, str):
+            raise ValueError(
+                f"The teacher {name!r} has no tokenizer that can be read: {error} Without it, nothing shows that its "
+                "token ids mean what the student's mean. Save the tokenizer beside the weights."
+            ) from error
+        teacher_tokenizer = None
+    student_vocab = student_tokenizer.get_vocab()
+    if teacher_tokenizer is None:
+        logger.warning("The loaded teacher has no tokenizer to compare; its token ids are taken to be the student's.")
+    else:
+        _raise_on_difference(student_vocab, teacher_tokenizer.get_vocab(), name)
+    largest_id = max(student_vocab.values())
+    shared_size = min(student_vocab_size, teacher_vocab_size)
+    if largest_id >= shared_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {largest_id}, but the LM heads have {student_vocab_size} (student) and "
+            f"{teacher_vocab_size} (teacher) rows. Both must have a row for every id. Resize the smaller model's "
+            "embeddings, or choose a teacher of the student's family."
+        )
+
+
+def _raise_on_difference(student_vocab: dict[str, int], teacher_vocab: dict[str, int], teacher_name: str) -> None:
+    differing = student_vocab.items() ^ teacher_vocab.items()
+    if not differing:
+        return
+    token = min(differing, key=lambda item: (item[1], item[0]))[0]
+    student_id, teacher_id = student_vocab.get(token, "none"), teacher_vocab.get(token, "none")
+    num_tokens = len({token for token, _ in differing})
+    raise ValueError(
+        f"Student and teacher ({teacher_name!r}) have different vocabularies: the first of {num_tokens} differing "
+        f"tokens, {token!r}, has id {student_id} for the student and {teacher_id} for the teacher. The divergence "
+        "compares probabilities of the same ids. Choose a teacher that shares the student's tokenizer."
+    )
+
+
+def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: PreTrainedModel) -> PreTrainedModel:
+    """The teacher, in eval mode, without gradients, in the student's dtype unless told otherwise.
+
+    Collective under ZeRO-3, where the weights are partitioned while they are read. Leaves the random state as it was.
+
+    Raises:
+        ValueError: If the weights cannot be read.
+    """
+    if isinstance(teacher, str):
+        kwargs = {
+            "dtype": student.dtype,
+            "attn_implementation": student.config._attn_implementation,
+            **_hub_kwargs(args),
+            **(args.teacher_model_init_kwargs or {}),
+        }
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None  # "auto" would spread each rank's copy over all devices
+        logger.info(f"Loading the teacher {teacher} with {kwargs}")
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                teacher = create_model_from_path(teacher, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"The weights of the teacher {teacher!r} cannot be read: {error} Check the path, and that the "
+                "download or the copy is complete."
+            ) from error
+    teacher.requires_grad_(False)
+    disable_dropout_in_model(teacher)
+    return teacher.eval()
+
+
+def _hub_kwargs(args: DGRPOConfig) -> dict:
+    kwargs = {"trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        kwargs["revision"] = args.teacher_model_revision
+    return kwargs
+
+
+class Teacher:
+    """A frozen model that scores the student's completions; the only place that calls it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `None`):
+            The loaded teacher. `None` is the student with its adapter off.
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The trainer's model.
+        accelerator ([`~accelerate.Accelerator`]):
+            Decides how the teacher is placed: sharded under ZeRO-3 and FSDP, a copy on each device elsewhere.
+        temperature (`float`):
+            That of the rollouts.
+        fp32_projection (`bool`, *optional*, defaults to `False`):
+            Run the LM head in float32.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None,
+        student: nn.Module,
+        accelerator: Accelerator,
+        temperature: float,
+        fp32_projection: bool = False,
+    ):
+        self.accelerator = accelerator
+        self.fp32_projection = fp32_projection
+        self.is_base = model is None
+        if self.is_base:
+            self.model = student
+            return
+        add_completion_scoring(base_model(model), temperature, fp32_projection)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.model = prepare_deepspeed(model, accelerator)
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            self.model = prepare_fsdp(model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+        self._check_head()
+
+    @property
+    def head(self) -> LMHead:
+        """The teacher's LM head. A collective call under FSDP2."""
+        with self._as_teacher() as model:
+            return lm_head(base_model(model))
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[nn.Module]:
+        """The unwrapped teacher; the student, where it is its own teacher, with its adapter off and in eval mode."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_base:
+            yield model
+            return
+        was_training = model.training
+        model.eval()
+        try:
+            with use_adapter(model, None):
+                yield model
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        prompts: list[list[int]],
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        pad_token_id: int,
+        batch_size: int,
+    ) -> Tensor:
+        """The teacher's last hidden states at the positions that predict the completion tokens.
+
+        The LM head is not run. Under ZeRO-3 every rank must call this with the same number of rows and `batch_size`.
+
+        Args:
+            prompts (`list[list[int]]`):
+                B prompts as the teacher reads them, in token ids.
+            completion_ids (`torch.Tensor` of shape `(B, T)`):
+                The student's completions, padded on the right.
+            completion_mask (`torch.Tensor` of shape `(B, T)`):
+                1 at their tokens.
+            pad_token_id (`int`):
+                Fills the prompts up on the left.
+            batch_size (`int`):
+                Rows a forward.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient.
+        """
+        return torch.cat(
+            [
+                self._forward(
+                    prompts[start : start + batch_size],
+                    completion_ids[start : start + batch_size],
+                    completion_mask[start : start + batch_size],
+                    pad_token_id,
+                )
+                for start in range(0, len(prompts), batch_size)
+            ]
+        )
+
+    def _forward(self, prompts: list[list[int]], completion_ids: Tensor, completion_mask: Tensor, pad_token_id: int):
+        device = completion_ids.device
+        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        prompt_ids = pad(ids, padding_value=pad_token_id, padding_side="left")
+        prompt_mask = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side="left")
+        scoring = CompletionScoring(completion_ids, completion_mask, hidden_states_only=True)
+        with self._as_teacher(), self.accelerator.autocast():
+            states = self.model(
+                input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+                attention_mask=torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], dim=1),
+                completion_scoring=scoring,
+            ).hidden_states
+            # The head rounds its input to the autocast dtype anyway: keeping more would only take more memory
+            rounds = torch.is_autocast_enabled(device.type) and not self.fp32_projection
+            return states.to(torch.get_autocast_dtype(device.type)) if rounds else states
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compares our reading of the LM head with the teacher's own logits, on a handful of tokens.
+
+        Raises:
+            NotImplementedError: If they differ: the model scales or caps its logits under a name that is not known.
+        """
+        ids = torch.arange(1, 9, device=self.accelerator.device).unsqueeze(0)
+        scoring = CompletionScoring(ids[:, 1:], torch.ones_like(ids[:, 1:]), hidden_states_only=True)
+        mask = torch.ones_like(ids)
+        expected = self.model(input_ids=ids, attention_mask=mask).logits[0, :-1].float().log_softmax(-1)
+        states = self.model(input_ids=ids, attention_mask=mask, completion_scoring=scoring).hidden_states[0]
+        got = token_terms(states, self.head, ids[0, 1:]).logps
+        expected = expected.gather(1, ids[0, 1:, None]).squeeze(1).to(got)
+        tolerance = 1e-3 if states.dtype in (torch.float32, torch.float64) else 0.25
+        if not torch.allclose(got, expected, rtol=0, atol=tolerance):
+            raise NotImplementedError(
+                f"The log-probabilities of the teacher ({type(self.model).__name__}) differ from those of its LM head "
+                f"by up to {(got - expected).abs().max().item():.3g} nats: it transforms its logits in a way that is "
+                "not known here, and the divergence would be wrong. Please open an issue that names the model."
+            )
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """`model` without its PEFT wrapper, if it has one."""
+    return model.getbase_model() if is_peft_model(model) else model

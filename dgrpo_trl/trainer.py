@@ -1,0 +1,460 @@
+"""`DGRPOTrainer`: TRL's `GRPOTrainer` with a teacher."""
+
+import functools
+import math
+import textwrap
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+
+from .config import DGRPOConfig
+from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
+from .heads import CompletionScoring, add_completion_scoring
+from .losses import Distillation, aggregate
+from .teacher import (
+    BASE_TEACHER,
+    Teacher,
+    base_model,
+    check_vocabularies,
+    load_teacher,
+    load_teacher_config,
+    resolve_teacher,
+)
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+logger = get_logger(__name__)
+
+
+class DGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for dGRPO (arXiv 2605.12227): GRPO on the student's own rollouts, plus the exact divergence to a teacher at
+    every token of theirs, in one loss.
+
+    The only changes with respect to [`~trl.GRPOTrainer`] are the teacher, which scores every generation batch, and the
+    term that it adds to the loss. Generation, rewards, advantages, the GRPO loss itself, weight syncing and logging
+    are inherited. With `distill_coef=0` no teacher is used and training is that of `GRPOTrainer`, bit for bit. With a
+    teacher and no reward function, it is on-policy distillation.
+
+    The loss of a micro-batch is
+
+        GRPO loss + distill_coef * aggregate(divergence(student, teacher) at each completion token)
+
+    where the teacher term covers the tokens that the GRPO term covers (`completion_mask`, and `tool_mask` if any) and
+    is normalised as `loss_type` normalises the GRPO term. Clipping, importance sampling ratios and the entropy mask
+    apply to the GRPO term alone.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from dgrpo_trl import DGRPOTrainer
+    >>> from trl.rewards import accuracy_reward
+
+    >>> trainer = DGRPOTrainer(
+    ...     model="Qwen/Qwen3-1.7B",
+    ...     teacher_model="Qwen/Qwen3-32B",
+    ...     reward_funcs=accuracy_reward,
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`], except that `args` is a [`DGRPOConfig`], that `reward_funcs` may be left out
+            when there is a teacher, and that the data sets may have a column `teacher_prompt` (see
+            [`DGRPOConfig.teacher_prompt_column`]).
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher: a Hub id, a path, a loaded model, or `"base"` for the PEFT student with its adapter off. It
+            must share the student's tokenizer. It is frozen, kept in eval mode, sharded under ZeRO-3 and FSDP, and not
+            saved in checkpoints.
+
+    Raises:
+        ValueError, TypeError: For what cannot be trained on, before weights are loaded wherever possible.
+        NotImplementedError: For images.
+    """
+
+    _tag_names = ["trl", "dgrpo"]
+    _name = "dGRPO"
+    _paper = {
+        "title": "A Recipe for Long-Context Reasoning in Large Language Models via On-Policy Optimization and "
+        "Distillation",
+        "id": "2605.12227",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ramos2026recipe,
+                title        = {{A Recipe for Long-Context Reasoning in Large Language Models via On-Policy Optimization and Distillation}},
+                author       = {Ramos and Alves and Martins},
+                year         = 2026,
+                eprint       = {arXiv:2605.12227},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: Any = None,
+        args: DGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
+        teacher_model: str | PreTrainedModel | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DGRPOConfig(f"{name.split('/')[-1]}-dGRPO")
+        elif not isinstance(args, DGRPOConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}. `DGRPOTrainer` needs the fields of a `DGRPOConfig`.")
+        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        teacher = resolve_teacher(teacher_model, args, model, has_adapter)
+        self._distills = teacher is not None and args.distill_coef > 0
+        if teacher is not None and not self._distills:
+            logger.warning("`distill_coef` is 0: the teacher is not loaded, and training is plain GRPO.")
+
+        # Everything that can be refused without weights is refused here
+        datasets = _named_datasets(train_dataset, eval_dataset)
+        if environment_factory is None:
+            for name, dataset in datasets.items():
+                check_dataset(dataset, name)
+        if not isinstance(reward_funcs, list):
+            reward_funcs = [] if reward_funcs is None else [reward_funcs]
+        self._has_rewards = bool(reward_funcs) or environment_factory is not None
+        if not self._has_rewards and not self._distills:
+            raise ValueError(
+                "There is neither a reward function nor a teacher, so there is nothing to learn from. Pass "
+                "`reward_funcs` (GRPO), `teacher_model` with `distill_coef > 0` (on-policy distillation), or both "
+                "(dGRPO)."
+            )
+        if processing_class is None:
+            processing_class = _load_processing_class(model, args)
+        self._check_models_and_prompts(model, teacher, args, datasets, processing_class, tools)
+
+        super().__init__(
+            model=model,
+            reward_funcs=[_checked(func) for func in reward_funcs] if self._has_rewards else no_reward,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        self.distill_coef = args.distill_coef
+        self.teacher_model = None
+        if not self._distills:
+            return
+        self._teacher_seconds = 0.0
+        self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
+        self._teacher_states = None  # its teacher hidden states
+        for policy in (self.model, self.ref_model):
+            if policy is not None:  # the ratio of both needs log-probabilities from the same arithmetic
+                unwrapped = base_model(self.accelerator.unwrap_model(policy))
+                add_completion_scoring(unwrapped, self.temperature, args.cast_lm_head_to_fp32)
+        if teacher != BASE_TEACHER:
+            self.teacher_model = load_teacher(teacher, args, base_model(self.model))
+        self.teacher = Teacher(
+            self.teacher_model, self.model, self.accelerator, self.temperature, args.cast_lm_head_to_fp32
+        )
+        if self.teacher_model is not None:
+            self.teacher_model = self.teacher.model
+
+    def _check_models_and_prompts(self, model, teacher, args, datasets, processing_class, tools) -> None:
+        """Vocabularies, images and prompt lengths, from configurations and tokenizers alone."""
+        if self._distills and any({"image", "images"} & set(d.column_names or ()) for d in datasets.values()):
+            raise NotImplementedError(
+                "The data set has images, which the teacher does not score yet. Use a text-only data set, or set "
+                "`distill_coef=0`."
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        config = _load_config(model, args).get_text_config()
+        positions = teacher_positions = max_positions(config)
+        if self._distills and teacher != BASE_TEACHER:
+            teacher_config = load_teacher_config(teacher, args).get_text_config()
+            check_vocabularies(tokenizer, teacher, args, config.vocab_size, teacher_config.vocab_size)
+            teacher_positions = max_positions(teacher_config)
+        self._positions = {"the student": positions}
+        if self._distills:
+            self._positions["the teacher"] = teacher_positions
+        if args.max_completion_length is None:
+            return
+        count_tokens = prompt_token_counter(tokenizer, args.chat_template_kwargs or {}, tools)
+        for dataset in datasets.values():
+            if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+                continue
+            has_column = args.teacher_prompt_column in dataset.column_names
+            for reader, reader_positions in self._positions.items():
+                column = args.teacher_prompt_column if has_column and reader == "the teacher" else "prompt"
+                if reader_positions is not None:
+                    check_prompt_lengths(
+                        dataset, column, count_tokens, args.max_completion_length, reader_positions, reader
+                    )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._distills and self.args.teacher_prompt_column is not None:
+            self._signature_columns = [*self._signature_columns, self.args.teacher_prompt_column]
+
+    def _tokenize_prompts(self, prompts: list):
+        if is_conversational({"prompt": prompts[0]}):
+            prompts = [escape_messages(prompt, self._tokenizer) for prompt in prompts]
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        longest = max(len(ids) for ids in prompt_ids)
+        limit = min((p for p in self._positions.values() if p is not None), default=math.inf)
+        if longest + (self.max_completion_length or 0) > limit:
+            raise ValueError(
+                f"A prompt of {longest} tokens and `max_completion_length` ({self.max_completion_length}) exceed the "
+                f"models' {limit} positions. Beyond its positions a model is silently wrong. Filter out the longer "
+                "rows, lower `max_completion_length`, or extend the positions (for instance YaRN)."
+            )
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rollouts = super()._generate_and_score_completions(inputs)
+        if not self._distills:
+            return rollouts
+        if "pixel_values" in rollouts:
+            raise NotImplementedError("The teacher does not score images yet. Use a text-only data set.")
+        is_training = self.model.training
+        start = _synchronized_clock()
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            rollouts["teacher_hidden_states"] = self.teacher.hidden_states(
+                self._teacher_prompt_ids(inputs, rollouts),
+                rollouts["completion_ids"],
+                rollouts["completion_mask"],
+                self._tokenizer.pad_token_id,
+                self.args.per_device_train_batch_size if is_training else self.args.per_device_eval_batch_size,
+            )
+        if is_training:
+            self._teacher_seconds += _synchronized_clock() - start
+        return rollouts
+
+    def _teacher_prompt_ids(self, inputs: list[dict[str, Any]], rollouts: dict[str, Any]) -> list[list[int]]:
+        """What the teacher reads before each completion: the row's own teacher prompt, else the student's prompt."""
+        pairs = zip(rollouts["prompt_ids"], rollouts["prompt_mask"], strict=True)
+        prompt_ids = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        column = self.args.teacher_prompt_column
+        rows = [] if column is None else [i for i, row in enumerate(inputs) if row.get(column) is not None]
+        if rows:
+            teacher_ids, _, _ = self._tokenize_prompts([inputs[i][column] for i in rows])
+            for i, ids in zip(rows, teacher_ids, strict=True):
+                prompt_ids[i] = list(ids)
+        return prompt_ids
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal_inputs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self._distills:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **multimodal_inputs,
+            )
+        distillation = None
+        if self._teacher_states is not None:
+            distillation = Distillation(
+                self._teacher_states,
+                self.teacher.head,
+                self.args.distill_divergence,
+                self.args.distill_jsd_mixture,
+            )
+        batch_size = batch_size or input_ids.size(0)
+        outputs = []
+        for start in range(0, input_ids.size(0), batch_size):
+            ids, mask = input_ids[start : start + batch_size], attention_mask[start : start + batch_size]
+            scoring = CompletionScoring(ids[:, -logits_to_keep:], mask[:, -logits_to_keep:], distillation=distillation)
+            kwargs = {"output_router_logits": True} if compute_aux_loss else {}
+            with self.accelerator.autocast():
+                outputs.append(model(input_ids=ids, attention_mask=mask, completion_scoring=scoring, **kwargs))
+        self._scored = outputs[0]  # read by `_compute_loss`, which scores its micro-batch in one piece
+        logps = torch.cat([output.logps for output in outputs])
+        entropies = torch.cat([output.entropies for output in outputs]) if compute_entropy else None
+        aux_loss = torch.stack([output.aux_loss for output in outputs]).mean() if compute_aux_loss else None
+        return logps, entropies, aux_loss
+
+    def _compute_loss(self, model, inputs):
+        if not self._distills:
+            return super()._compute_loss(model, inputs)
+        self._teacher_states = inputs["teacher_hidden_states"]
+        try:
+            grpo_loss = super()._compute_loss(model, inputs)  # its one forward also gives `self._scored`
+            scored = self._scored
+        finally:
+            self._scored = self._teacher_states = None
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        is_training = self.model.training
+        accumulation_steps = self.current_gradient_accumulation_steps if is_training else 1
+        # `num_items_in_batch` counts the tokens of a generation batch, over all ranks
+        windows = self.args.steps_per_generation / accumulation_steps if is_training else 1
+        token_normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes / windows
+        distill_loss = self.distill_coef * aggregate(
+            scored.divergences,
+            mask,
+            self.loss_type,
+            self.max_completion_length,
+            token_normalizer,
+            accumulation_steps,
+        )
+        self._log_distillation(scored, mask, grpo_loss, distill_loss, accumulation_steps)
+        return grpo_loss + distill_loss
+
+    @torch.no_grad()
+    def _log_distillation(self, scored, mask, grpo_loss, distill_loss, accumulation_steps: int) -> None:
+        """Metrics of one micro-batch, over all ranks, in one collective call."""
+        rank_in_completion, lengths = mask.cumsum(-1), mask.sum(-1, keepdim=True)
+        quarter = (lengths + 3) // 4
+        per_token = {
+            "distill/divergence": (scored.divergences, mask),
+            "distill/divergence_first_quarter": (scored.divergences, mask * (rank_in_completion <= quarter)),
+            "distill/divergence_last_quarter": (scored.divergences, mask * (rank_in_completion > lengths - quarter)),
+            "distill/teacher_entropy": (scored.teacher_entropies, mask),
+            "distill/top1_agreement": (scored.top1_agreement, mask),
+        }
+        sums = [(values * where).sum() for values, where in per_token.values()]
+        counts = [where.sum().to(sums[0].dtype) for _, where in per_token.values()]
+        # A micro-batch holds its share of a step's loss: times their number, the logged mean is the step's loss
+        losses = [loss * accumulation_steps / self.accelerator.num_processes for loss in (grpo_loss, distill_loss)]
+        totals = self.accelerator.reduce(torch.stack([*sums, *counts, *losses]), reduction="sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for i, name in enumerate(per_token):
+            if totals[len(sums) + i] > 0:
+                metrics[name].append(totals[i] / totals[len(sums) + i])
+        metrics["distill/grpo_loss"].append(totals[-2])
+        metrics["distill/loss"].append(totals[-1])
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        output = super().training_step(model, inputs, num_items_in_batch)
+        if self._distills and self._step % self.current_gradient_accumulation_steps == 0:
+            metrics = self._metrics["train"]
+            metrics["distill/teacher_time_share"].append(self._teacher_seconds / metrics["step_time"][-1])
+            self._teacher_seconds = 0.0
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self._has_rewards:  # the stand-in's zeros would read like a run that fails
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name in [name for name in metrics if name.startswith("reward") or name == "frac_reward_zero_std"]:
+                del metrics[name]
+        super().log(logs, start_time)
+
+
+def no_reward(completions: list, **kwargs) -> list[float]:
+    """Stands in where there is a teacher and no reward function: equal rewards, hence zero advantages."""
+    return [0.0] * len(completions)
+
+
+def _named_datasets(train_dataset, eval_dataset) -> dict[str, Dataset | IterableDataset]:
+    datasets = {} if train_dataset is None else {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        return datasets | {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return datasets if eval_dataset is None else datasets | {"eval_dataset": eval_dataset}
+
+
+def _load_processing_class(model, args: DGRPOConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
+    # With the arguments that the parent uses: it is passed on, so that it is loaded once
+    is_path = isinstance(model, str)
+    return AutoProcessor.from_pretrained(
+        model if is_path else get_config_model_id(model.config),
+        revision=(args.model_init_kwargs or {}).get("revision") if is_path else None,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _load_config(model, args: DGRPOConfig):
+    if not isinstance(model, str):
+        return model.config
+    names = ("revision", "rope_parameters", "max_position_embeddings")
+    kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in names}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
+
+
+def _checked(reward_func):
+    """`reward_func`, raising where it returns something else than one finite number, or `None`, a completion."""
+    if isinstance(reward_func, (str, nn.Module)):
+        return reward_func
+    name = get_callable_name(reward_func)
+
+    def check(rewards, completions):
+        if len(rewards) != len(completions):
+            raise ValueError(
+                f"Reward function `{name}` returned {len(rewards)} values for {len(completions)} completions. It must "
+                "return one a completion, in their order; `None` stands for one that it cannot score."
+            )
+        for i, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(
+                    f"Reward function `{name}` returned {reward} for completion {i}: {completions[i]!r}. It would "
+                    "leave the completion out in silence, or spoil its group's advantages. Return a finite number, or "
+                    "`None` for a completion that it cannot score."
+                )
+        return rewards
+
+    if is_async_callable(reward_func):
+
+        async def wrapper(*args, **kwargs):
+            return check(await reward_func(*args, **kwargs), kwargs["completions"])
+    else:
+
+        def wrapper(*args, **kwargs):
+            return check(reward_func(*args, **kwargs), kwargs["completions"])
+
+    functools.update_wrapper(wrapper, reward_func)
+    wrapper.__name__ = name  # the metrics are named after it
+    return wrapper
+
+
+def _synchronized_clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,59 @@
+"""Naive float64 versions of everything the loss is made of, written from the definitions and sharing nothing with the
+package: full logits, plain softmax, autograd."""
+
+import torch
+import torch.nn.functional as F
+
+
+def logits(hidden, weight, bias=None, scale=1.0, softcap=None, temperature=1.0):
+    z = (hidden @ weight.T + (0 if bias is None else bias)) * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    return z / temperature
+
+
+def divergence(policy_logits, teacher_logits, kind, mixture=0.5):
+    """(..., V) logits -> (...,) divergence in nats."""
+    p, t = F.softmax(policy_logits, -1), F.softmax(teacher_logits, -1)
+
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum(-1)
+
+    if kind == "reverse_kl":
+        return kl(p, t)
+    if kind == "forward_kl":
+        return kl(t, p)
+    m = mixture * t + (1 - mixture) * p
+    return mixture * kl(t, m) + (1 - mixture) * kl(p, m)
+
+
+def grpo_per_token(logps, advantages, loss_type, config):
+    """On-policy GRPO terms (ratio 1: old log-probabilities are the detached current ones), one a token, shape (B, T)."""
+    advantages = advantages[:, None]
+    ratio = (logps - logps.detach()).exp()
+    if loss_type in ("grpo", "dapo", "dr_grpo", "bnpo", "luspo"):
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - config.epsilon, 1 + config.epsilon) * advantages)
+    if loss_type == "cispo":
+        return -ratio.clamp(max=config.epsilon).detach() * advantages * logps
+    if loss_type == "sapo":
+        tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    # vespo at sequence weight 1: phi = w^k * exp(lambda * (1 - w)) = 1
+    return -advantages * logps
+
+
+def normalise(values, mask, loss_type, max_completion_length, num_items, accumulation_steps):
+    """(B, T) values -> scalar, by each loss type's published normaliser."""
+    total = 0.0
+    if loss_type in ("grpo", "sapo"):
+        for v, m in zip(values, mask, strict=True):
+            total = total + (v * m).sum() / max(m.sum().item(), 1)
+        return total / len(values) / accumulation_steps
+    total = (values * mask).sum()
+    if loss_type == "bnpo":
+        return total / max(mask.sum().item(), 1) / accumulation_steps
+    if loss_type == "dr_grpo":
+        return total / (len(values) * max_completion_length) / accumulation_steps
+    if loss_type == "luspo":
+        return total / len(values) / accumulation_steps
+    return total / num_items

@@ -1,0 +1,223 @@
+import math
+
+import pytest
+import reference
+import torch
+
+from dgrpo_trl import losses
+from dgrpo_trl.losses import DIVERGENCES, LOSS_TYPES, Distillation, LMHead, aggregate, token_terms
+
+
+N, V, H, H_TEACHER = 7, 50, 6, 9
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles both ways, with a ragged last one."""
+    monkeypatch.setattr(losses, "TILE_TOKENS", 3)
+    monkeypatch.setattr(losses, "TILE_VOCAB", 16)
+
+
+def make_case(vocab=V, teacher_vocab=V, dtype=torch.float64, bias=True, seed=0, **head_options):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden, weight = randn(N, H).requires_grad_(), (2 * randn(vocab, H)).requires_grad_()
+    b = randn(vocab).requires_grad_() if bias else None
+    targets = torch.randint(vocab, (N,), generator=generator)
+    teacher = randn(N, H_TEACHER), LMHead(2 * randn(teacher_vocab, H_TEACHER), randn(teacher_vocab), **head_options)
+    return hidden, LMHead(weight, b, **head_options), targets, teacher
+
+
+def weighted_sum(terms, seed=1):
+    """A scalar with a different weight on every output, so that an error in one token cannot hide in a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [t for t in (terms.logps, terms.entropies, terms.divergences) if t is not None]
+    return sum((torch.randn(N, generator=generator, dtype=torch.float64).to(t) * t).sum() for t in outputs)
+
+
+def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature, shared=None):
+    def full(states, h):
+        return reference.logits(
+            states, h.weight, h.bias, h.logit_scale, h.final_logit_softcapping, temperature=temperature
+        )
+
+    policy_logits, teacher_logits = full(hidden, head), full(*teacher)
+    log_p = policy_logits.log_softmax(-1)
+    shared = shared or min(policy_logits.size(-1), teacher_logits.size(-1))
+    t = teacher_logits[:, :shared].softmax(-1)
+    return losses.TokenTerms(
+        log_p[torch.arange(N), targets],
+        -(log_p.exp() * log_p).sum(-1),
+        reference.divergence(policy_logits[:, :shared], teacher_logits[:, :shared], kind, mixture),
+        -(t * t.log()).sum(-1),
+        (policy_logits[:, :shared].argmax(-1) == teacher_logits[:, :shared].argmax(-1)).double(),
+    )
+
+
+HEADS = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.3},
+    "soft-capped": {"final_logit_softcapping": 4.0},
+    "both": {"logit_scale": 2.0, "final_logit_softcapping": 5.0},
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_equal_the_naive_reference(kind, options, temperature):
+    for mixture in (0.5, 0.1) if kind == "jsd" else (0.5,):
+        hidden, head, targets, teacher = make_case(**options)
+        terms = token_terms(hidden, head, targets, temperature, Distillation(*teacher, kind, mixture))
+        expected = reference_terms(hidden, head, targets, teacher, kind, mixture, temperature)
+        for name, got, want in zip(terms._fields, terms, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        inputs = (hidden, head.weight, head.bias)
+        got = torch.autograd.grad(weighted_sum(terms), inputs)
+        want = torch.autograd.grad(weighted_sum(expected), inputs)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("sizes", [(50, 43), (43, 50), (48, 33)], ids=str)
+def test_heads_of_different_sizes_are_compared_over_the_shared_ids_and_renormalised(kind, sizes):
+    hidden, head, targets, teacher = make_case(*sizes)
+    targets[0] = sizes[0] - 1  # the log-probability stays over the student's own head
+    terms = token_terms(hidden, head, targets, 0.9, Distillation(*teacher, kind, 0.3))
+    expected = reference_terms(hidden, head, targets, teacher, kind, 0.3, 0.9)
+    for got, want in zip(terms, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    got = torch.autograd.grad(weighted_sum(terms), (hidden, head.weight))
+    want = torch.autograd.grad(weighted_sum(expected), (hidden, head.weight))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradcheck(kind):
+    hidden, head, targets, teacher = make_case(vocab=19, teacher_vocab=17, final_logit_softcapping=6.0)
+
+    def function(hidden, weight, bias):
+        head_ = LMHead(weight, bias, final_logit_softcapping=6.0)
+        return token_terms(hidden, head_, targets, 0.8, Distillation(*teacher, kind, 0.4))[:3]
+
+    assert torch.autograd.gradcheck(function, (hidden, head.weight, head.bias))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_teacher_equal_to_the_student_gives_exactly_zero(kind):
+    hidden, head, targets, _ = make_case(dtype=torch.float32)
+    same = Distillation(hidden.detach(), LMHead(head.weight.detach(), head.bias.detach()), kind)
+    terms = token_terms(hidden, head, targets, 1.0, same)
+    # JSD's log of the mixture rounds even where both sides are equal
+    torch.testing.assert_close(terms.divergences, torch.zeros(N), rtol=0, atol=1e-6 if kind == "jsd" else 0)
+    assert terms.top1_agreement.eq(1).all()
+    (grad,) = torch.autograd.grad(terms.divergences.sum(), hidden)
+    assert grad.abs().max() < 1e-6
+
+
+def test_hand_worked_two_word_vocabulary():
+    # Policy (3/4, 1/4), teacher (1/4, 3/4): KL = 3/4 ln 3 - 1/4 ln 3 = ln(3) / 2 both ways
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[math.log(3.0)], [0.0]]).double()
+    for kind, want in (("reverse_kl", math.log(3) / 2), ("forward_kl", math.log(3) / 2)):
+        teacher = Distillation(hidden, LMHead(weight.flip(0)), kind)
+        terms = token_terms(hidden, LMHead(weight), torch.tensor([0]), distillation=teacher)
+        assert terms.divergences.item() == pytest.approx(want, abs=1e-6)
+        assert terms.logps.item() == pytest.approx(math.log(0.75), abs=1e-6)
+        assert terms.top1_agreement.item() == 0
+    # JSD at 1/2, mixture (1/2, 1/2): ln 2 - H(3/4, 1/4)
+    terms = token_terms(hidden, LMHead(weight), torch.tensor([0]), distillation=Distillation(*_swap(teacher), "jsd"))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert terms.divergences.item() == pytest.approx(math.log(2) - entropy, abs=1e-6)
+
+
+def _swap(distillation):
+    return distillation.hidden_states, distillation.head
+
+
+def test_without_a_teacher_only_log_probabilities_and_entropies_come_back():
+    hidden, head, targets, teacher = make_case()
+    alone = token_terms(hidden, head, targets)
+    beside = token_terms(hidden, head, targets, distillation=Distillation(*teacher))
+    assert alone.divergences is None and alone.teacher_entropies is None and alone.top1_agreement is None
+    torch.testing.assert_close(alone.logps, beside.logps, rtol=0, atol=1e-13)
+
+
+def test_no_token_at_all_still_connects_every_parameter_to_the_loss():
+    hidden, head, targets, teacher = make_case()
+    states, teacher_head = teacher
+    terms = token_terms(hidden[:0], head, targets[:0], distillation=Distillation(states[:0], teacher_head))
+    loss = sum(t.sum() for t in (terms.logps, terms.entropies, terms.divergences))
+    assert loss.item() == 0
+    for grad in torch.autograd.grad(loss, (hidden, head.weight, head.bias)):
+        assert grad.abs().max() == 0
+
+
+def test_bf16_inputs_are_accumulated_in_float32():
+    hidden, head, targets, teacher = make_case(dtype=torch.bfloat16, bias=False)
+    states, teacher_head = teacher
+    terms = token_terms(hidden, head, targets, distillation=Distillation(states, teacher_head))
+    assert terms.divergences.dtype == torch.float32
+
+    def double(x):
+        return None if x is None else x.detach().double()
+
+    exact = reference_terms(
+        double(hidden),
+        LMHead(double(head.weight)),
+        targets,
+        (double(states), LMHead(double(teacher_head.weight), double(teacher_head.bias))),
+        "reverse_kl",
+        0.5,
+        1.0,
+    )
+    torch.testing.assert_close(terms.divergences.double(), exact.divergences, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_weight_gets_no_gradient_and_no_work():
+    hidden, head, targets, teacher = make_case()
+    frozen = LMHead(head.weight.detach(), head.bias.detach())
+    terms = token_terms(hidden, frozen, targets, distillation=Distillation(*teacher))
+    weighted_sum(terms).backward()
+    assert hidden.grad is not None and frozen.weight.grad is None
+
+
+@pytest.mark.parametrize("mixture", [0.0, 1.0, -0.1])
+def test_a_mixture_weight_outside_its_range_is_refused(mixture):
+    hidden, head, targets, teacher = make_case()
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        token_terms(hidden, head, targets, distillation=Distillation(*teacher, "jsd", mixture))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_aggregate_equals_the_reference_and_ignores_padding(loss_type):
+    values = torch.randn(4, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])
+    want = reference.normalise(values, mask, loss_type, 9, 13.0, 2)
+    padded = values.masked_fill(mask == 0, math.nan)
+    got = aggregate(padded, mask, loss_type, max_completion_length=9, token_normalizer=13.0, accumulation_steps=2)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_fully_masked_batch_has_zero_loss_and_zero_gradient(loss_type):
+    values = torch.randn(2, 3, requires_grad=True)
+    loss = aggregate(values, torch.zeros(2, 3), loss_type, 3, 1.0)
+    loss.backward()
+    assert loss.item() == 0 and values.grad.abs().max() == 0
+
+
+def test_doubling_the_token_count_halves_the_loss():
+    values, mask = torch.rand(2, 3), torch.ones(2, 3)
+    assert aggregate(values, mask, "dapo", 3, 12.0) * 2 == pytest.approx(
+        aggregate(values, mask, "dapo", 3, 6.0).item()
+    )
+
+
+def test_an_unknown_loss_type_is_refused():
+    with pytest.raises(ValueError, match="Unknown `loss_type` 'ppo'"):
+        aggregate(torch.zeros(1, 1), torch.ones(1, 1), "ppo", 1, 1.0)
