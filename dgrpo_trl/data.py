@@ -1,20 +1,61 @@
-"""Prompts on their way into training: checks of the data set, and documents that look like control tokens."""
+"""Data sets on their way into training: reading them, checking them, and documents that look like control tokens."""
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import is_conversational
 
 
-logger = get_logger(__name__)
-
 Prompt = str | list[dict]
 
+_FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Tokenising every row of a long-context data set takes hours; the longest rows decide
 MAX_ROWS_TOKENIZED = 512
+
+
+def load_rows(
+    name_or_path: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Reads a JSONL or Parquet file, a folder of `Dataset.save_to_disk`, or a data set of the Hub.
+
+    Args:
+        name_or_path (`str`):
+            Path, or Hub id.
+        config (`str`, *optional*):
+            Configuration of a data set of the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a data set of the Hub or of a saved `DatasetDict`; a file has only one.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
+
+    Raises:
+        ValueError: If it cannot be read, or a saved `DatasetDict` lacks the split.
+    """
+    path = Path(name_or_path)
+    if (path / "state.json").exists():
+        return load_from_disk(name_or_path)
+    if (path / "dataset_dict.json").exists():
+        splits = load_from_disk(name_or_path)
+        if split not in splits:
+            raise ValueError(f"{name_or_path!r} has no split {split!r}; it has {sorted(splits)}. Name one of these.")
+        return splits[split]
+    try:
+        if path.is_file() and path.suffix in _FILE_FORMATS:
+            return load_dataset(
+                _FILE_FORMATS[path.suffix], data_files=name_or_path, split="train", streaming=streaming
+            )
+        return load_dataset(name_or_path, name=config, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The data set {name_or_path!r} cannot be read: {error} Give a {', '.join(_FILE_FORMATS)} file, a folder "
+            "saved with `save_to_disk`, or the id of a data set of the Hub that this machine can reach."
+        ) from error
 
 
 def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -28,7 +28,7 @@ def divergence(policy_logits, teacher_logits, kind, mixture=0.5):
 
 
 def grpo_per_token(logps, advantages, loss_type, config):
-    """On-policy GRPO terms (ratio 1: old log-probabilities are the detached current ones), one a token, shape (B, T)."""
+    """On-policy GRPO terms (old log-probabilities are the detached current ones), one a token, shape (B, T)."""
     advantages = advantages[:, None]
     ratio = (logps - logps.detach()).exp()
     if loss_type in ("grpo", "dapo", "dr_grpo", "bnpo", "luspo"):

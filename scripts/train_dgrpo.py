@@ -1,0 +1,105 @@
+"""dGRPO (arXiv 2605.12227): GRPO on the student's own rollouts plus the exact KL to a teacher at every token.
+
+    accelerate launch scripts/train_dgrpo.py --config recipes/smollm2-135m/dgrpo/demo.yaml
+
+The same script trains with GRPO (`distill_coef: 0`) and with on-policy distillation (no `reward_funcs`). Every field
+of `DGRPOConfig` and TRL's `ModelConfig` is a key of the recipe and a flag of the command line; a key that no argument
+matches is an error.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from dgrpo_trl import DGRPOConfig, DGRPOTrainer, rewards
+from dgrpo_trl.data import load_rows
+
+
+@dataclass
+class DGRPOScriptArguments(ScriptArguments):
+    """TRL's script arguments, and the rewards."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names from `dgrpo_trl.rewards` ('exact_match_reward', ...) or import paths "
+            "('trl.rewards.think_format_reward', 'my_rewards.mine'). None trains with the teacher alone."
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "Also reward with this model's verdict on open answers, asked at `judge_base_url`."},
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={"help": "URL of the judge's OpenAI-compatible server. The key is read from OPENAI_API_KEY."},
+    )
+
+
+def load_reward_func(name: str) -> Callable:
+    """The reward function of that name or import path.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module_name, _, function_name = name.rpartition(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name) if module_name else rewards
+        return getattr(module, function_name)
+    except (ImportError, AttributeError) as error:
+        known = sorted(n for n, f in vars(rewards).items() if n.endswith("_reward") and inspect.isfunction(f))
+        raise ValueError(
+            f"There is no reward function {name!r}: {error}. Give one of {', '.join(known)}, or the import path of "
+            "your own."
+        ) from error
+    finally:
+        sys.path.pop(0)
+
+
+def load_reward_funcs(script_args: DGRPOScriptArguments) -> list[Callable]:
+    reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]
+    if script_args.judge_model is not None:
+        reward_funcs.append(rewards.LLMJudgeReward(script_args.judge_model, base_url=script_args.judge_base_url))
+    return reward_funcs
+
+
+def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_args: ModelConfig) -> None:
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise ValueError("`dataset_name` and `model_name_or_path` are required. Set them in the recipe or as flags.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+    def load(split: str):
+        name, config = script_args.dataset_name, script_args.dataset_config
+        return load_rows(name, config, split, script_args.dataset_streaming)
+
+    trainer = DGRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=load_reward_funcs(script_args),
+        args=training_args,
+        train_dataset=load(script_args.dataset_train_split),
+        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # trainer_state.json, the log that reports are drawn from
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((DGRPOScriptArguments, DGRPOConfig, ModelConfig)).parse_args_and_config())
