@@ -252,7 +252,10 @@ class Teacher:
             self.model = prepare_fsdp(model, accelerator)
         else:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
-        self._check_head()
+        # ZeRO-3 fetches ahead what ran before: after a forward with the LM head, the head would be in flight while
+        # the loss gathers it
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self._check_head()
 
     @property
     def head(self) -> LMHead:

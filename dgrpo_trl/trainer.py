@@ -179,6 +179,7 @@ class DGRPOTrainer(GRPOTrainer):
         if not self._distills:
             return
         self._teacher_seconds = 0.0
+        self._window_totals = 0.0  # of the accumulation window: sums, counts and losses, see `_log_distillation`
         self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
         self._teacher_states = None  # its teacher hidden states
         for policy in (self.model, self.ref_model):
@@ -344,12 +345,12 @@ class DGRPOTrainer(GRPOTrainer):
             token_normalizer,
             accumulation_steps,
         )
-        self._log_distillation(scored, mask, grpo_loss, distill_loss, accumulation_steps)
+        self._log_distillation(scored, mask, grpo_loss, distill_loss)
         return grpo_loss + distill_loss
 
     @torch.no_grad()
-    def _log_distillation(self, scored, mask, grpo_loss, distill_loss, accumulation_steps: int) -> None:
-        """Metrics of one micro-batch, over all ranks, in one collective call."""
+    def _log_distillation(self, scored, mask, grpo_loss, distill_loss) -> None:
+        """Adds a micro-batch to the sums of its accumulation window, and logs these, over all ranks, at its end."""
         rank_in_completion, lengths = mask.cumsum(-1), mask.sum(-1, keepdim=True)
         quarter = (lengths + 3) // 4
         per_token = {
@@ -361,13 +362,16 @@ class DGRPOTrainer(GRPOTrainer):
         }
         sums = [(values * where).sum() for values, where in per_token.values()]
         counts = [where.sum().to(sums[0].dtype) for _, where in per_token.values()]
-        # A micro-batch holds its share of a step's loss: times their number, the logged mean is the step's loss
-        losses = [loss * accumulation_steps / self.accelerator.num_processes for loss in (grpo_loss, distill_loss)]
-        totals = self.accelerator.reduce(torch.stack([*sums, *counts, *losses]), reduction="sum").tolist()
+        losses = [loss / self.accelerator.num_processes for loss in (grpo_loss, distill_loss)]
+        self._window_totals = torch.stack([*sums, *counts, *losses]) + self._window_totals
+        if not self.accelerator.sync_gradients:
+            return
+        totals = self.accelerator.reduce(self._window_totals, reduction="sum").tolist()
+        self._window_totals = 0.0
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for i, name in enumerate(per_token):
-            if totals[len(sums) + i] > 0:
-                metrics[name].append(totals[i] / totals[len(sums) + i])
+        for name, total, count in zip(per_token, totals, totals[len(sums) :], strict=False):
+            if count > 0:  # else every completion of the window is masked
+                metrics[name].append(total / count)
         metrics["distill/grpo_loss"].append(totals[-2])
         metrics["distill/loss"].append(totals[-1])
 

@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up by themselves; what is done already is skipped.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(INSTALLED)  ## Set up .venv with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== Setting up .venv with the versions of constraints.txt (about two minutes, 2 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[deepspeed,demo,dev,wandb]'
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, report
+	@$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED)  ## Run the tests (the slow ones: `.venv/bin/python -m pytest -m slow`)
+	@echo "== Running the tests"
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+lint: $(INSTALLED)  ## Check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## Mend style
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## Measure time and memory of the loss
+	@$(BIN)/python scripts/benchmark_loss.py

@@ -1,0 +1,157 @@
+"""Time and peak memory of one loss and backward, from hidden states, over the number of completion tokens T.
+
+    python scripts/benchmark_loss.py [--tokens 256 1024 4096] [--repeats 5]
+
+Four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,936):
+
+- naive: both models' full logits, softmax, autograd: log-probability, entropy and reverse KL;
+- TRL distillation: the tiled reverse KL that TRL's `DistillationTrainer` runs;
+- TRL GRPO: the tiled log-probability and entropy that TRL's `GRPOTrainer` runs;
+- ours: log-probability, entropy and reverse KL in one pass.
+
+Memory is what a way holds beyond its inputs (hidden states and heads): on CUDA the allocator's peak, on the CPU the
+growth of the process's peak resident set, each measurement in a process of its own. It includes the gradients, which
+every way must hold.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+
+import torch
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from dgrpo_trl.losses import Distillation, LMHead, token_terms
+
+
+def make_inputs(num_tokens: int, vocab_size: int, hidden_size: int, teacher_hidden_size: int, device: str):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    hidden, weight = randn(num_tokens, hidden_size), randn(vocab_size, hidden_size).mul_(hidden_size**-0.5)
+    teacher_hidden = randn(num_tokens, teacher_hidden_size)
+    teacher_weight = randn(vocab_size, teacher_hidden_size).mul_(teacher_hidden_size**-0.5)
+    targets = torch.randint(vocab_size, (num_tokens,), device=device)
+    return hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, targets
+
+
+def naive(hidden, weight, teacher_hidden, teacher_weight, targets):
+    log_p = (hidden @ weight.t()).float().log_softmax(-1)
+    log_t = (teacher_hidden @ teacher_weight.t()).float().log_softmax(-1)
+    p = log_p.exp()
+    logps = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    entropies = -(p * log_p).sum(-1).detach()
+    return (0.5 * (p * (log_p - log_t)).sum(-1) - logps).mean() + 0 * entropies.mean()
+
+
+def trl_distillation(hidden, weight, teacher_hidden, teacher_weight, targets):
+    divergences, _ = ChunkedDivergenceFunction.apply(
+        hidden, weight, None, teacher_hidden, teacher_weight, None, 1.0, 1.0
+    )
+    return 0.5 * divergences.mean()
+
+
+def trl_grpo(hidden, weight, teacher_hidden, teacher_weight, targets):
+    logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",))
+    return -logps.mean()
+
+
+def ours(hidden, weight, teacher_hidden, teacher_weight, targets):
+    terms = token_terms(
+        hidden, LMHead(weight), targets, distillation=Distillation(teacher_hidden, LMHead(teacher_weight))
+    )
+    return (0.5 * terms.divergences - terms.logps).mean()
+
+
+WAYS = {"naive": naive, "TRL distillation": trl_distillation, "TRL GRPO": trl_grpo, "ours": ours}
+
+
+def measure(way: str, sizes: tuple, device: str, repeats: int) -> tuple[float, float]:
+    """Median seconds and peak MiB beyond the inputs."""
+    inputs = make_inputs(*sizes, device)
+
+    def run():
+        for x in inputs[:2]:
+            x.grad = None
+        WAYS[way](*inputs).backward()
+
+    if device == "cuda":
+        run()  # compiles the Triton kernels
+        for x in inputs[:2]:
+            x.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), memory
+
+
+def _in_child(queue, *arguments):
+    queue.put(measure(*arguments))
+
+
+def measure_in_child(*arguments) -> tuple[float, float]:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_in_child, args=(queue, *arguments))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def main() -> None:
+    has_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--vocab_size", type=int, default=151_936)
+    parser.add_argument("--hidden_size", type=int, default=2048 if has_cuda else 128, help="student's")
+    parser.add_argument("--teacher_hidden_size", type=int, default=5120 if has_cuda else 256)
+    parser.add_argument("--repeats", type=int, default=10 if has_cuda else 1, help="timed runs after a first one")
+    parser.add_argument(
+        "--max_naive_gib", type=float, default=64 if has_cuda else 8, help="leave out a larger naive run"
+    )
+    args = parser.parse_args()
+    device = "cuda" if has_cuda else "cpu"
+    name = torch.cuda.get_device_name() if has_cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"V = {args.vocab_size}, hidden sizes {args.hidden_size} (student) and {args.teacher_hidden_size} (teacher), "
+        f"{'bfloat16' if has_cuda else 'float32'}, {name}, torch {torch.__version__}\n"
+    )
+    print("| T | " + " | ".join(f"{way}: s | MiB" for way in WAYS) + " | naive / ours: time | memory |")
+    print("| --- " * (2 * len(WAYS) + 3) + "|")
+    for num_tokens in args.tokens:
+        sizes = (num_tokens, args.vocab_size, args.hidden_size, args.teacher_hidden_size)
+        naive_gib = 7 * num_tokens * args.vocab_size * 4 / 2**30  # about seven (T, V) tensors
+        results = {}
+        for way in WAYS:
+            if way == "naive" and naive_gib > args.max_naive_gib:
+                continue
+            results[way] = (measure if has_cuda else measure_in_child)(way, sizes, device, args.repeats)
+        cells = [f"{results[w][0]:.4g} | {results[w][1]:.0f}" if w in results else "- | -" for w in WAYS]
+        ratios = "- | -"
+        if "naive" in results:
+            ratios = " | ".join(f"{a / b:.2f}" for a, b in zip(results["naive"], results["ours"], strict=True))
+        print(f"| {num_tokens} | {' | '.join(cells)} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
