@@ -1,8 +1,8 @@
-"""Time and peak memory of one loss and backward, from hidden states, over the number of completion tokens T.
+"""Time and peak memory of one loss and backward over the number of completion tokens T; memory of a whole step.
 
     python scripts/benchmark_loss.py [--tokens 256 1024 4096] [--repeats 5]
 
-Four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,936):
+The loss, from hidden states, in four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,936):
 
 - naive: both models' full logits, softmax, autograd: log-probability, entropy and reverse KL;
 - TRL distillation: the tiled reverse KL that TRL's `DistillationTrainer` runs;
@@ -12,18 +12,27 @@ Four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,9
 Memory is what a way holds beyond its inputs (hidden states and heads): on CUDA the allocator's peak, on the CPU the
 growth of the process's peak resident set, each measurement in a process of its own. It includes the gradients, which
 every way must hold.
+
+Then the loss and backward of one micro-batch in TRL's `GRPOTrainer` and in `DGRPOTrainer`, with a model of few layers
+and the same vocabulary: what the teacher adds, beside what it must (its weights and the completions' hidden states).
 """
 
 import argparse
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.losses import Distillation, LMHead, token_terms
 
 
@@ -104,18 +113,106 @@ def measure(way: str, sizes: tuple, device: str, repeats: int) -> tuple[float, f
     return statistics.median(seconds), memory
 
 
-def _in_child(queue, *arguments):
-    queue.put(measure(*arguments))
+def peak_mib(device: str) -> float:
+    """Peak memory so far, in MiB: the allocator's on CUDA, the process's elsewhere."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure_in_child(*arguments) -> tuple[float, float]:
+def measure_step(trainer_name: str, vocab_size: int, hidden_size: int, num_tokens: int, device: str) -> dict:
+    """Peak MiB that the loss and backward of 4 completions add to a process that holds the student."""
+    torch.manual_seed(0)
+    num_rows, prompt_length = 4, 512
+
+    def model():
+        config = Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=hidden_size // 4,
+            tie_word_embeddings=True,
+        )
+        return Qwen3ForCausalLM(config)
+
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 100)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<end>")), eos_token="<end>", pad_token="<end>"
+    )
+    is_ours = trainer_name == "DGRPOTrainer"
+    config_class, trainer_class = (DGRPOConfig, DGRPOTrainer) if is_ours else (GRPOConfig, GRPOTrainer)
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_class(
+            folder,
+            per_device_train_batch_size=num_rows,
+            num_generations=num_rows,
+            gradient_checkpointing=False,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            report_to="none",
+        )
+        student = model()
+        before = peak_mib(device)
+        trainer = trainer_class(
+            student,
+            lambda completions, **_: [0.0] * len(completions),
+            config,
+            Dataset.from_dict({"prompt": ["w1"] * num_rows}),
+            processing_class=tokenizer,
+            **({"teacher_model": model()} if is_ours else {}),
+        )
+    length = num_tokens // num_rows
+    ids = torch.randint(1, vocab_size, (num_rows, prompt_length + length), device=device)
+    rollouts = {
+        "prompt_ids": ids[:, :prompt_length],
+        "prompt_mask": torch.ones_like(ids[:, :prompt_length]),
+        "completion_ids": ids[:, prompt_length:],
+        "completion_mask": torch.ones_like(ids[:, prompt_length:]),
+        "advantages": torch.linspace(-1, 1, num_rows, device=device),
+        "num_items_in_batch": torch.tensor(num_tokens, device=device),
+    }
+    teacher_must = 0.0
+    if is_ours:
+        rollouts["teacher_hidden_states"] = trainer.teacher.hidden_states(
+            rollouts["prompt_ids"].tolist(), rollouts["completion_ids"], rollouts["completion_mask"], 0, num_rows
+        )
+        held = [*trainer.teacher_model.parameters(), rollouts["teacher_hidden_states"]]
+        teacher_must = sum(x.numel() * x.element_size() for x in held) / 2**20
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, rollouts).backward()
+    return {"MiB": peak_mib(device) - before, "teacher must": teacher_must}
+
+
+def _in_child(queue, function, arguments):
+    queue.put(function(*arguments))
+
+
+def in_child(function, *arguments):
+    """Calls `function` in a fresh process, whose peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_in_child, args=(queue, *arguments))
+    process = context.Process(target=_in_child, args=(queue, function, arguments))
     process.start()
     result = queue.get()
     process.join()
     return result
+
+
+def print_steps(args: argparse.Namespace, device: str) -> None:
+    print("\n| T | GRPOTrainer: MiB | DGRPOTrainer: MiB | difference | teacher's weights and hidden states |")
+    print("| --- | --- | --- | --- | --- |")
+    for num_tokens in (args.tokens[0], args.tokens[-1]):
+        sizes = (args.vocab_size, args.hidden_size, num_tokens, device)
+        stock, dgrpo = (in_child(measure_step, name, *sizes) for name in ("GRPOTrainer", "DGRPOTrainer"))
+        print(
+            f"| {num_tokens} | {stock['MiB']:.0f} | {dgrpo['MiB']:.0f} | {dgrpo['MiB'] - stock['MiB']:.0f} | "
+            f"{dgrpo['teacher must']:.0f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -145,12 +242,17 @@ def main() -> None:
         for way in WAYS:
             if way == "naive" and naive_gib > args.max_naive_gib:
                 continue
-            results[way] = (measure if has_cuda else measure_in_child)(way, sizes, device, args.repeats)
+            results[way] = (
+                measure(way, sizes, device, args.repeats)
+                if has_cuda
+                else in_child(measure, way, sizes, device, args.repeats)
+            )
         cells = [f"{results[w][0]:.4g} | {results[w][1]:.0f}" if w in results else "- | -" for w in WAYS]
         ratios = "- | -"
         if "naive" in results:
             ratios = " | ".join(f"{a / b:.2f}" for a, b in zip(results["naive"], results["ours"], strict=True))
         print(f"| {num_tokens} | {' | '.join(cells)} | {ratios} |", flush=True)
+    print_steps(args, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""The report of a run: Markdown with figures beside it, and the same as one HTML file."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("The report needs matplotlib. Install it with `pip install dgrpo-trl[demo]`.") from error
+
+
+# Metric of `log_history` -> what the reader sees. A metric that no entry holds has no figure.
+CURVES = {
+    "loss": "Loss",
+    "distill/grpo_loss": "GRPO part of the loss",
+    "distill/loss": "Teacher part of the loss",
+    "reward": "Mean reward",
+    "distill/divergence": "KL(student || teacher), nats per token",
+}
+
+_STYLE = """
+body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: left; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; }
+"""
+
+
+def write_report(
+    output_dir: str | Path,
+    title: str,
+    accuracies: Mapping[str, dict],
+    log_histories: Mapping[str, Sequence[dict]],
+    settings: Mapping[str, object] | None = None,
+    introduction: str = "",
+) -> Path:
+    """Write `report.md`, `report.html` and the folder `figures`.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder to write to; made if missing.
+        title (`str`):
+            Heading of the report.
+        accuracies (`Mapping[str, dict]`):
+            From the name of a model to what [`summarize_accuracy`] returned for it, in the order to show.
+        log_histories (`Mapping[str, Sequence[dict]]`):
+            From the name of a training stage to the `log_history` of its `trainer_state.json`.
+        settings (`Mapping[str, object]`, *optional*):
+            What was run: names and values, shown as a table.
+        introduction (`str`, *optional*):
+            Text under the title.
+
+    Returns:
+        `Path`: path of `report.html`.
+    """
+    output_dir = Path(output_dir)
+    figures_dir = output_dir / "figures"
+    figures_dir.mkdir(parents=True, exist_ok=True)
+
+    parts = [("heading", title), ("text", introduction)]
+    if accuracies:
+        parts.append(("heading", "Accuracy"))
+        parts.append(("table", _accuracy_table(accuracies, "by_length", "prompt tokens")))
+        parts.append(("table", _accuracy_table(accuracies, "by_task", "task")))
+        parts.append(
+            (
+                "text",
+                "Share of held-out questions answered with exactly the answer, with its 95 % Wilson interval. "
+                "'Mentioned' counts every completion that holds the answer, whatever else it says: the difference "
+                "is a matter of form.",
+            )
+        )
+        path = _plot_accuracy(figures_dir / "accuracy_by_length.png", accuracies)
+        parts.append(("figure", (path, "Exact answers by prompt length; bars are 95 % intervals.")))
+    for stage, log_history in log_histories.items():
+        curves = {metric: points for metric in CURVES if (points := _points(log_history, metric))}
+        if curves:
+            parts.append(("heading", stage))
+        for metric, points in curves.items():
+            name = f"{stage}_{metric}".lower().replace("/", "_").replace(" ", "_")
+            path = _plot_curve(figures_dir / f"{name}.png", points, CURVES[metric])
+            parts.append(("figure", (path, f"{CURVES[metric]} (`{metric}`) by optimizer step.")))
+    if settings:
+        parts.append(("heading", "Settings"))
+        parts.append(("table", (["name", "value"], [[name, str(value)] for name, value in settings.items()])))
+
+    parts = [(kind, content) for kind, content in parts if content]
+    (output_dir / "report.md").write_text(_to_markdown(parts, output_dir), encoding="utf-8")
+    html_path = output_dir / "report.html"
+    html_path.write_text(_to_html(title, parts), encoding="utf-8")
+    return html_path
+
+
+def read_log_history(run_dir: str | Path) -> list[dict]:
+    """The `log_history` of the `trainer_state.json` in a folder, or an empty list if there is none."""
+    path = Path(run_dir) / "trainer_state.json"
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.exists() else []
+
+
+def _points(log_history: Sequence[dict], metric: str) -> list[tuple[int, float]]:
+    return [(entry["step"], float(entry[metric])) for entry in log_history if metric in entry]
+
+
+def _percent(share: dict) -> str:
+    low, high = share["interval"]
+    return f"{100 * share['accuracy']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _accuracy_table(accuracies: Mapping[str, dict], column: str, group_name: str) -> tuple[list, list]:
+    groups = list(next(iter(accuracies.values()))[column])
+    header = ["model", *(f"{group_name} {group}" for group in groups), "all", "all, mentioned"]
+    rows = []
+    for name, accuracy in accuracies.items():
+        cells = [_percent(accuracy[column][group]["exact"]) for group in groups]
+        overall = accuracy["overall"]
+        rows.append([name, *cells, _percent(overall["exact"]), _percent(overall["mentioned"])])
+    counts = next(iter(accuracies.values()))
+    num_rows = counts["overall"]["num_rows"]
+    rows.append(["questions", *(str(counts[column][group]["num_rows"]) for group in groups), num_rows, num_rows])
+    return header, [[str(cell) for cell in row] for row in rows]
+
+
+def _plot_accuracy(path: Path, accuracies: Mapping[str, dict]) -> Path:
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    groups = list(next(iter(accuracies.values()))["by_length"])
+    width = 0.8 / len(accuracies)
+    for i, (name, accuracy) in enumerate(accuracies.items()):
+        shares = [accuracy["by_length"][group]["exact"] for group in groups]
+        heights = [share["accuracy"] for share in shares]
+        below = [height - share["interval"][0] for height, share in zip(heights, shares, strict=True)]
+        above = [share["interval"][1] - height for height, share in zip(heights, shares, strict=True)]
+        positions = [group + (i - (len(accuracies) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(positions, heights, width, yerr=(below, above), capsize=3, label=name)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(xlabel="prompt length bin (tokens)", ylabel="exact answers", ylim=(0, 1))
+    axes.legend()
+    return _save(figure, path)
+
+
+def _plot_curve(path: Path, points: Sequence[tuple[int, float]], label: str) -> Path:
+    steps, values = zip(*points, strict=True)
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    axes.plot(steps, values, color="tab:blue", alpha=0.35, label="logged")
+    window = max(1, len(values) // 10)
+    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    axes.plot(steps, means, color="tab:blue", label=f"mean of last {window}")
+    axes.set(xlabel="step", ylabel=label)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _to_markdown(parts: Sequence[tuple], output_dir: Path) -> str:
+    lines = []
+    for i, (kind, content) in enumerate(parts):
+        if kind == "heading":
+            lines.append(f"{'#' if i == 0 else '##'} {content}")
+        elif kind == "text":
+            lines.append(content)
+        elif kind == "table":
+            header, rows = content
+            escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+            lines.append("\n".join(f"| {' | '.join(row)} |" for row in escaped))
+        else:
+            path, caption = content
+            lines.append(f"![{caption}]({path.relative_to(output_dir).as_posix()})\n\n{caption}")
+    return "\n\n".join(lines) + "\n"
+
+
+def _to_html(title: str, parts: Sequence[tuple]) -> str:
+    lines = []
+    for i, (kind, content) in enumerate(parts):
+        if kind == "heading":
+            level = 1 if i == 0 else 2
+            lines.append(f"<h{level}>{html.escape(content)}</h{level}>")
+        elif kind == "text":
+            lines.append(f"<p>{html.escape(content)}</p>")
+        elif kind == "table":
+            header, rows = content
+            body = "".join(_html_row("td", row) for row in rows)
+            lines.append(f"<table>{_html_row('th', header)}{body}</table>")
+        else:
+            path, caption = content
+            image = base64.b64encode(path.read_bytes()).decode()
+            caption = html.escape(caption)
+            lines.append(
+                f'<figure><img src="data:image/png;base64,{image}" alt="{caption}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(lines) + "\n</body></html>\n"
+    )
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

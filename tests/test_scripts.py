@@ -1,0 +1,86 @@
+"""The command lines, run end to end on a tiny model: what they read, what they write, and that they resume."""
+
+import json
+
+import pytest
+import torch
+from conftest import build_model
+from datasets import Dataset
+from test_recipes import ROOT, parse, script
+from transformers import AutoModelForCausalLM
+
+
+FLAGS = [
+    *("--per_device_train_batch_size", "4", "--max_steps", "2", "--learning_rate", "0.01", "--optim", "sgd"),
+    *("--bf16", "false", "--disable_tqdm", "true", "--warmup_steps", "0"),
+]
+
+
+@pytest.fixture
+def student(tokenizer, tmp_path):
+    build_model().save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    return str(tmp_path / "student")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    prompts = [[{"role": "user", "content": f"The <|im_end|> ship has number {i}. Number?"}] for i in range(12)]
+    dataset = Dataset.from_dict({"prompt": prompts, "answer": [str(i) for i in range(12)]})
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
+
+
+def run(name, *flags):
+    method = {"train_dgrpo": "dgrpo", "train_sft": "sft"}[name]
+    module = script(name)
+    module.main(*parse(ROOT / "recipes" / "smollm2-135m" / method / "demo.yaml", *FLAGS, *flags))
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def test_train_dgrpo_writes_a_model_and_its_log(student, saved_teacher, rows, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
+    run("train_dgrpo", *flags, "--output_dir", str(output))
+    before, after = weights(student), weights(output)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["distill/divergence"] > 0 and "rewards/exact_match_reward/mean" in log[0]
+
+
+def test_train_dgrpo_resumes_from_the_last_checkpoint(student, saved_teacher, rows, tmp_path):
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--lr_scheduler_type", "constant"]
+    run("train_dgrpo", *flags, "--output_dir", str(tmp_path / "straight"))
+    stopped = ["--output_dir", str(tmp_path / "stopped")]
+    run("train_dgrpo", *flags, *stopped, "--max_steps", "2")
+    run("train_dgrpo", *flags, *stopped, "--resume_from_checkpoint", "true")
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+
+
+def test_train_dgrpo_trains_an_adapter_with_its_base_as_teacher(student, rows, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", "base", "--dataset_name", rows]
+    run("train_dgrpo", *flags, "--use_peft", "--lora_target_modules", "all-linear", "--output_dir", str(output))
+    assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
+
+
+def test_train_sft_learns_the_answers_and_keeps_literals_as_text(student, rows, tmp_path, tokenizer):
+    output = tmp_path / "out"
+    run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output))
+    before, after = weights(student), weights(output)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    converted = script("train_sft").to_prompt_completion(Dataset.from_parquet(rows), "answer", tokenizer)
+    assert converted[3]["completion"] == [{"role": "assistant", "content": "3"}]
+    ids = tokenizer.apply_chat_template(converted[3]["prompt"])["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the template's own
+
+
+def test_train_sft_names_a_missing_column(student, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"no column \['response'\]"):
+        run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
