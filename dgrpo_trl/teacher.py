@@ -209,10 +209,12 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
 
 
 def _hub_kwargs(args: DGRPOConfig) -> dict:
+    """Where on the Hub the teacher's configuration, tokenizer and weights are, and whether their code may run."""
     kwargs = {"trust_remote_code": args.trust_remote_code}
     if args.teacher_model_revision is not None:
         kwargs["revision"] = args.teacher_model_revision
-    return kwargs
+    given = args.teacher_model_init_kwargs or {}
+    return kwargs | {name: given[name] for name in ("trust_remote_code", "revision") if name in given}
 
 
 class Teacher:

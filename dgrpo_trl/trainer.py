@@ -208,9 +208,7 @@ class DGRPOTrainer(GRPOTrainer):
             teacher_config = load_teacher_config(teacher, args).get_text_config()
             check_vocabularies(tokenizer, teacher, args, config.vocab_size, teacher_config.vocab_size)
             teacher_positions = max_positions(teacher_config)
-        self._positions = {"the student": positions}
-        if self._distills:
-            self._positions["the teacher"] = teacher_positions
+        self._positions = {"the student": positions} | ({"the teacher": teacher_positions} if self._distills else {})
         if args.max_completion_length is None:
             return
         count_tokens = prompt_token_counter(tokenizer, args.chat_template_kwargs or {}, tools)
@@ -234,15 +232,21 @@ class DGRPOTrainer(GRPOTrainer):
         if is_conversational({"prompt": prompts[0]}):
             prompts = [escape_messages(prompt, self._tokenizer) for prompt in prompts]
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        longest = max(len(ids) for ids in prompt_ids)
-        limit = min((p for p in self._positions.values() if p is not None), default=math.inf)
-        if longest + (self.max_completion_length or 0) > limit:
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self._check_positions(prompt_ids, "the student")
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _check_positions(self, prompt_ids: list[list[int]], reader: str) -> None:
+        """Raises if a prompt leaves `reader` no room for the longest completion: streams are not checked before."""
+        longest, positions = max(len(ids) for ids in prompt_ids), self._positions[reader]
+        if positions is not None and longest + (self.max_completion_length or 0) > positions:
             raise ValueError(
                 f"A prompt of {longest} tokens and `max_completion_length` ({self.max_completion_length}) exceed the "
-                f"models' {limit} positions. Beyond its positions a model is silently wrong. Filter out the longer "
-                "rows, lower `max_completion_length`, or extend the positions (for instance YaRN)."
+                f"{positions} positions of {reader}. Beyond its positions a model is silently wrong. Filter out the "
+                "longer rows, lower `max_completion_length`, or extend the positions (for instance YaRN)."
             )
-        return prompt_ids, images, multimodal_fields
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = super()._generate_and_score_completions(inputs)
@@ -274,6 +278,7 @@ class DGRPOTrainer(GRPOTrainer):
             teacher_ids, _, _ = self._tokenize_prompts([inputs[i][column] for i in rows])
             for i, ids in zip(rows, teacher_ids, strict=True):
                 prompt_ids[i] = list(ids)
+        self._check_positions(prompt_ids, "the teacher")
         return prompt_ids
 
     def _get_per_token_logps_and_entropies(

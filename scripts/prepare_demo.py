@@ -61,8 +61,8 @@ TEXT_MEMBERS = {
     },
 }
 
-TRAIN_BINS = (128, 192, 256)
-TEST_BINS = (128, 192, 256, 384)  # the longest is never trained on
+TRAIN_BINS = (128, 160, 192)
+TEST_BINS = (128, 160, 192, 256)  # the longest is never trained on
 MARKER = "complete.json"
 
 

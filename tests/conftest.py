@@ -119,7 +119,9 @@ def make_trainer(tokenizer, dataset, make_model, tmp_path):
 
     from dgrpo_trl import DGRPOConfig
 
-    trainer_arguments = {"teacher_model", "peft_config", "reward_funcs", "train_dataset", "eval_dataset", "tools"}
+    trainer_arguments = {
+        *("teacher_model", "peft_config", "reward_funcs", "rollout_func", "train_dataset", "eval_dataset"),
+    }
 
     def make(trainer_class, model=None, **kwargs):
         config_class = GRPOConfig if trainer_class is GRPOTrainer else DGRPOConfig

@@ -103,8 +103,23 @@ def test_a_stream_is_checked_as_it_comes(make_trainer):
     rows = [{"prompt": [{"role": "user", "content": "ship " * 400}]}]
     stream = Dataset.from_list(rows * 4).to_iterable_dataset()
     trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, train_dataset=stream)
-    with pytest.raises(ValueError, match="exceed the models' 256 positions"):
+    with pytest.raises(ValueError, match="exceed the 256 positions of the student"):
         trainer.train()
+
+
+def test_a_teacher_with_fewer_positions_may_read_short_evidence_of_long_prompts(make_trainer, make_model):
+    rows = [{"prompt": [{"role": "user", "content": "ship " * 100}], "teacher_prompt": PROMPT}] * 8
+    teacher = make_model(seed=1, max_position_embeddings=64)
+    trainer = make_trainer(DGRPOTrainer, teacher_model=teacher, train_dataset=Dataset.from_list(rows), max_steps=1)
+    trainer.train()
+    long = make_trainer(
+        DGRPOTrainer,
+        teacher_model=make_model(seed=1, max_position_embeddings=64),
+        train_dataset=Dataset.from_list(rows).to_iterable_dataset(),
+        teacher_prompt_column=None,
+    )
+    with pytest.raises(ValueError, match="exceed the 64 positions of the teacher"):
+        long.train()
 
 
 def test_positions_count_the_rope_scaling(make_model):

@@ -185,6 +185,22 @@ def test_tool_tokens_are_left_out_of_both_terms(make_trainer, make_model):
     assert_equals_reference(trainer, rollouts, teacher)
 
 
+def test_tokens_of_an_environment_reach_neither_term(make_trainer, make_model, tokenizer):
+    def rollout(prompts, trainer):
+        ids = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
+        completions = [[10 + i, 20, 21, 30 + i, 2] for i in range(len(prompts))]
+        masks = [[1, 0, 0, 1, 1] for _ in prompts]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "env_mask": masks}
+
+    teacher = make_model(seed=1).double()
+    trainer = make_trainer(
+        DGRPOTrainer, make_model().double(), teacher_model=copy.deepcopy(teacher), rollout_func=rollout
+    )
+    rollouts = rollouts_of(trainer)
+    assert rollouts["tool_mask"].tolist() == [[1, 0, 0, 1, 1]] * 4 and rollouts["num_items_in_batch"] == 12
+    assert_equals_reference(trainer, rollouts, teacher)
+
+
 def test_the_teacher_term_leaves_the_grpo_term_of_a_mixture_of_experts_as_it_is(make_trainer, make_model):
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}
     ours = make_trainer(DGRPOTrainer, make_model("Qwen3Moe", **options), teacher_model=make_model(seed=1), beta=0.0)
