@@ -51,18 +51,20 @@ class LMHead:
 
     def logits(self, projected: Tensor, temperature: float) -> Tensor:
         """Temperature-scaled logits of the same shape as `projected`, the output of the projection."""
-        logits = projected * self.logit_scale
-        if self.final_logit_softcapping is not None:
-            logits = self.final_logit_softcapping * torch.tanh(logits / self.final_logit_softcapping)
-        return logits / temperature
+        cap = self.final_logit_softcapping
+        if cap is not None:
+            return torch.tanh(projected * (self.logit_scale / cap)) * (cap / temperature)
+        factor = self.logit_scale / temperature
+        return projected if factor == 1 else projected * factor
 
     def logits_grad(self, projected: Tensor, grad: Tensor, temperature: float) -> Tensor:
         """Gradient with respect to `projected`, from the gradient with respect to `logits(projected)`."""
-        grad = grad * (self.logit_scale / temperature)
-        if self.final_logit_softcapping is not None:
-            tanh = torch.tanh(projected * (self.logit_scale / self.final_logit_softcapping))
-            grad = grad * (1 - tanh * tanh)
-        return grad
+        factor = self.logit_scale / temperature
+        grad = grad if factor == 1 else grad * factor
+        if self.final_logit_softcapping is None:
+            return grad
+        tanh = torch.tanh(projected * (self.logit_scale / self.final_logit_softcapping))
+        return grad * (1 - tanh * tanh)
 
 
 @dataclass(frozen=True)

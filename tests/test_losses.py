@@ -3,6 +3,8 @@ import math
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dgrpo_trl import losses
 from dgrpo_trl.losses import DIVERGENCES, LOSS_TYPES, Distillation, LMHead, aggregate, token_terms
@@ -186,6 +188,36 @@ def test_frozen_weight_gets_no_gradient_and_no_work():
     assert hidden.grad is not None and frozen.weight.grad is None
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(kind):
+    num_tokens, vocab_size, hidden_size = 200, 400, 3
+    hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab_size, hidden_size, requires_grad=True)
+    teacher = Distillation(torch.randn(num_tokens, hidden_size), LMHead(torch.randn(vocab_size, hidden_size)), kind)
+    with LargestTensor() as largest:
+        terms = token_terms(hidden, LMHead(weight), torch.zeros(num_tokens, dtype=torch.long), distillation=teacher)
+        (terms.logps + terms.entropies + terms.divergences).sum().backward()
+    assert largest.numel == vocab_size * hidden_size  # the gradient of the head; tokens x vocabulary is 67 times that
+    with LargestTensor() as largest:  # the same instrument does see full logits
+        (hidden @ weight.t()).sum().backward()
+    assert largest.numel == num_tokens * vocab_size
+
+
 @pytest.mark.parametrize("mixture", [0.0, 1.0, -0.1])
 def test_a_mixture_weight_outside_its_range_is_refused(mixture):
     hidden, head, targets, teacher = make_case()
@@ -221,3 +253,26 @@ def test_doubling_the_token_count_halves_the_loss():
 def test_an_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="Unknown `loss_type` 'ppo'"):
         aggregate(torch.zeros(1, 1), torch.ones(1, 1), "ppo", 1, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_values_and_gradients_equal_the_reference(kind, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    hidden, head, targets, (states, teacher_head) = make_case(dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head.weight, head.bias)]
+    teacher = states.double(), LMHead(teacher_head.weight.double(), teacher_head.bias.double())
+    expected = reference_terms(exact[0], LMHead(*exact[1:]), targets, teacher, kind, 0.3, 0.9)
+    on_gpu = [x.detach().cuda().requires_grad_() for x in (hidden, head.weight, head.bias)]
+    gpu_teacher = LMHead(teacher_head.weight.cuda(), teacher_head.bias.cuda())
+    distillation = Distillation(states.cuda(), gpu_teacher, kind, 0.3)
+    terms = token_terms(on_gpu[0], LMHead(*on_gpu[1:]), targets.cuda(), 0.9, distillation)
+    for got, want in zip(terms, expected, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(weighted_sum(terms._replace(**{f: t.cpu() for f, t in terms._asdict().items()})), on_gpu)
+    want = torch.autograd.grad(weighted_sum(expected), exact)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # the gradient leaves in the dtype of the input
+    for g, w in zip(got, want, strict=True):
+        assert (g.cpu().double() - w).norm() <= tolerance * w.norm()
