@@ -30,7 +30,6 @@ def launch(tmp_path, name, launcher, **options):
     output = tmp_path / name
     command = [
         *launcher,
-        *([free_port()] if launcher is ZERO3 else []),
         *(str(ROOT / "tests" / "distributed_job.py"), str(output)),
         *(str(tmp_path / "student"), str(tmp_path / "teacher"), json.dumps(options)),
     ]
@@ -41,8 +40,12 @@ def launch(tmp_path, name, launcher, **options):
 
 ONE_PROCESS = (sys.executable,)
 DDP = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-ZERO3_CONFIG = str(ROOT / "recipes" / "accelerate_configs" / "cpu_zero3.yaml")
-ZERO3 = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", ZERO3_CONFIG, "--main_process_port")
+
+
+def accelerate(config):
+    path = ROOT / "recipes" / "accelerate_configs" / config
+    port = ("--main_process_port", free_port())
+    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port)
 
 
 def free_port() -> str:
@@ -51,23 +54,24 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
+    reason="needs the deepspeed extra and a C++ compiler",
+)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "launcher",
+    ("engine", "loss_type"),
     [
-        DDP,
-        pytest.param(
-            ZERO3,
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
-                reason="needs the deepspeed extra and a C++ compiler",
-            ),
-        ),
+        ("ddp", "dapo"),
+        ("ddp", "grpo"),
+        ("cpu_fsdp2.yaml", "dapo"),
+        pytest.param("cpu_zero3.yaml", "dapo", marks=needs_deepspeed),
     ],
-    ids=["ddp", "zero3"],
 )
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, tokenizer, launcher, loss_type):
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, tokenizer, engine, loss_type):
+    launcher = DDP if engine == "ddp" else accelerate(engine)
     for name, seed in (("student", 0), ("teacher", 1)):
         build_model(seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
