@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -167,8 +168,13 @@ def run_stage(stage: Stage, number: str, markers: Path) -> float:
     unfinished = marker.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"fingerprint": found, "seconds": seconds}), encoding="utf-8")
     os.replace(unfinished, marker)
-    print(f"[{number}] {stage.name}: {seconds:.0f} s", flush=True)
+    print(f"[{number}] {stage.name}: {seconds:.0f} s; largest process so far {peak_gib():.1f} GiB", flush=True)
     return seconds
+
+
+def peak_gib() -> float:
+    """Peak resident memory of the largest process that a stage of this run has started."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
 def has_bf16_instructions() -> bool:
@@ -221,6 +227,7 @@ def main() -> None:
             "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, PyTorch {torch.__version__}",
             **{f"seconds, {name}": f"{value:.0f}" for name, value in seconds.items()},
             "seconds, all": f"{sum(seconds.values()):.0f}",
+            "memory of the largest process": f"{peak_gib():.1f} GiB (stages of the last run only)",
         },
     )
     print(f"\nReport: {report.resolve()}")
