@@ -138,7 +138,7 @@ def _plot_accuracy(path: Path, accuracies: Mapping[str, dict]) -> Path:
         axes.bar(positions, heights, width, yerr=(below, above), capsize=3, label=name)
     axes.set_xticks(range(len(groups)), groups)
     axes.set(xlabel="prompt length bin (tokens)", ylabel="exact answers", ylim=(0, 1))
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # above: inside, it hides the bars of the best
     return _save(figure, path)
 
 
