@@ -82,15 +82,14 @@ class Distillation:
             `m = w teacher + (1 - w) policy`.
         jsd_mixture (`float`, *optional*, defaults to `0.5`):
             The weight `w` of the teacher in the mixture, in (0, 1).
-        shared_vocab_size (`int`, *optional*):
-            Both distributions are restricted to the ids below it and renormalised. Defaults to the smaller head.
+
+    Where the heads differ in size, both distributions are restricted to the ids of the smaller one and renormalised.
     """
 
     hidden_states: Tensor
     head: LMHead
     divergence: str = "reverse_kl"
     jsd_mixture: float = 0.5
-    shared_vocab_size: int | None = None
 
 
 class TokenTerms(NamedTuple):
@@ -286,7 +285,7 @@ class _Sweep:
         """Tiles of the policy's vocabulary; the flag tells whether the teacher is compared on this one."""
         size, shared = self.policy.head.weight.size(0), 0
         if self.teacher is not None:
-            shared = self.distillation.shared_vocab_size or min(size, self.teacher.head.weight.size(0))
+            shared = min(size, self.teacher.head.weight.size(0))
         for start, stop, is_shared in ((0, shared, True), (shared, size, False)):
             for first in range(start, stop, TILE_VOCAB):
                 yield slice(first, min(first + TILE_VOCAB, stop)), is_shared

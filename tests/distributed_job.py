@@ -4,7 +4,7 @@ import json
 import sys
 
 import torch
-from conftest import build_tokenizer
+from conftest import build_tokenizer, length_reward
 from datasets import Dataset
 from safetensors.torch import save_file
 
@@ -12,10 +12,6 @@ from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 
 
 TOKENIZER = build_tokenizer()
-
-
-def reward(completions, **kwargs):
-    return [float(len(completion[0]["content"]) % 7) for completion in completions]
 
 
 def rollout(prompts, trainer):
@@ -56,7 +52,7 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
     }
     trainer = DGRPOTrainer(
         model_path,
-        reward,
+        length_reward,
         DGRPOConfig(output + "_out", **{**defaults, **options}),
         Dataset.from_list(rows),
         processing_class=TOKENIZER,

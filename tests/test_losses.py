@@ -40,7 +40,7 @@ def weighted_sum(terms, seed=1):
     return sum((torch.randn(N, generator=generator, dtype=torch.float64).to(t) * t).sum() for t in outputs)
 
 
-def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature, shared=None):
+def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature):
     def full(states, h):
         return reference.logits(
             states, h.weight, h.bias, h.logit_scale, h.final_logit_softcapping, temperature=temperature
@@ -48,7 +48,7 @@ def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature, 
 
     policy_logits, teacher_logits = full(hidden, head), full(*teacher)
     log_p = policy_logits.log_softmax(-1)
-    shared = shared or min(policy_logits.size(-1), teacher_logits.size(-1))
+    shared = min(policy_logits.size(-1), teacher_logits.size(-1))
     t = teacher_logits[:, :shared].softmax(-1)
     return losses.TokenTerms(
         log_p[torch.arange(N), targets],
