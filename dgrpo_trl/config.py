@@ -7,6 +7,10 @@ from typing import Any
 from trl import GRPOConfig
 
 from .losses import DIVERGENCES
+from .prefix_attention import BACKENDS
+
+
+SHARED_PREFIX_MODES = ("auto", "on", "off")
 
 
 @dataclass
@@ -45,6 +49,21 @@ class DGRPOConfig(GRPOConfig):
             divergence.
         distill_jsd_mixture (`float`, *optional*, defaults to `0.5`):
             Weight of the teacher in the mixture of `"jsd"`, between 0 and 1.
+
+        > Parameters that control the shared prefix
+
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            Run each prompt of a micro-batch once for all its completions, in the student, the old policy, the
+            reference model, the teacher and the prefill of generation. `"auto"` does so for the models for which it is
+            exact, and logs where it is not; `"on"` raises where it is not; `"off"` runs every completion with a copy
+            of its prompt, as TRL does.
+        shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
+            Attention kernels of packed rows: `"flash_attention_3"`, `"flash_attention_2"`, `"torch"` (what PyTorch is
+            built with) or `"math"` (plain matrix products); see [`~prefix_attention.choose_kernel`].
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the whole, the
+            memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and
+            without sharing the padding too.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -90,8 +109,30 @@ class DGRPOConfig(GRPOConfig):
         metadata={"help": "Weight of the teacher in the mixture of the Jensen-Shannon divergence, in (0, 1)."},
     )
 
+    # Parameters that control the shared prefix
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Run each prompt once for all its completions: 'auto' (where exact), 'on' (or an error), 'off'.",
+            "choices": list(SHARED_PREFIX_MODES),
+        },
+    )
+    shared_prefix_backend: str = field(
+        default="auto",
+        metadata={"help": "Attention kernels of the shared prefix.", "choices": list(BACKENDS)},
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Run a micro-batch of more tokens than this in parts. The gradient stays that of the whole; it "
+            "costs one more forward."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.shared_prefix, bool):  # what YAML makes of `on` and `off`
+            self.shared_prefix = "on" if self.shared_prefix else "off"
         if not (math.isfinite(self.distill_coef) and self.distill_coef >= 0):
             raise ValueError(
                 f"`distill_coef` must be a finite number >= 0, got {self.distill_coef}. It weighs a divergence to be "
@@ -106,4 +147,14 @@ class DGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`distill_jsd_mixture` must lie strictly between 0 and 1, got {self.distill_jsd_mixture}. At 0 and 1 "
                 "the divergence vanishes: set `distill_divergence` to 'reverse_kl' or 'forward_kl' instead."
+            )
+        for name, choices in (("shared_prefix", SHARED_PREFIX_MODES), ("shared_prefix_backend", BACKENDS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, which is not known. Choose one of {', '.join(choices)}."
+                )
+        if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` must be at least 1, got {self.max_tokens_per_micro_batch}. It bounds "
+                "the tokens of one forward. Leave it out for no bound."
             )

@@ -9,12 +9,15 @@ import functools
 import types
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .losses import Distillation, LMHead, token_terms
+from .prefix import PackedRollouts, no_mask
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,15 @@ class CompletionScoring:
             Return the hidden states that predict the completion tokens, and leave the LM head alone.
         distillation (`Distillation`, *optional*):
             The teacher's side, with `hidden_states` of shape `(B, T, H_teacher)`.
+        packed (`PackedRollouts`, *optional*):
+            The same rollouts as one packed row. Then its `input_ids` and `position_ids` are what the forward is given.
     """
 
     completion_ids: Tensor
     completion_mask: Tensor
     hidden_states_only: bool = False
     distillation: Distillation | None = None
+    packed: PackedRollouts | None = None
 
 
 @dataclass
@@ -43,8 +49,8 @@ class CompletionOutput(ModelOutput):
     """Outputs of a scored forward; the fields of `losses.TokenTerms`, of shape `(B, T)`, and what else was asked for.
 
     Args:
-        aux_loss (`torch.Tensor`, *optional*):
-            Load-balancing loss of a mixture of experts, a scalar, when `output_router_logits` is set.
+        router_sums (`torch.Tensor` of shape `(k + 1, E)`, *optional*):
+            Of a mixture of E experts, k a token, when `output_router_logits` is set; see [`router_sums`].
         hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*):
             With `hidden_states_only`.
     """
@@ -54,7 +60,7 @@ class CompletionOutput(ModelOutput):
     divergences: Tensor | None = None
     teacher_entropies: Tensor | None = None
     top1_agreement: Tensor | None = None
-    aux_loss: Tensor | None = None
+    router_sums: Tensor | None = None
     hidden_states: Tensor | None = None
 
 
@@ -105,17 +111,31 @@ def add_completion_scoring(model: PreTrainedModel, temperature: float = 1.0, fp3
         if completion_scoring is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes it on, as None
+        packed = completion_scoring.packed
+        if packed is not None:
+            kwargs |= {"attention_mask": no_mask(packed.input_ids.device), "shared_prefix": packed.layout}
         outputs = self.base_model(*args, **kwargs, use_cache=False)
-        num_tokens = completion_scoring.completion_ids.size(1)
-        states = outputs.last_hidden_state[:, -num_tokens - 1 : -1]  # a position's state predicts the next token
+        states = _completion_states(outputs.last_hidden_state, completion_scoring)
         if completion_scoring.hidden_states_only:
-            return CompletionOutput(hidden_states=states)
+            mask = completion_scoring.completion_mask.bool()
+            padded = states.new_zeros(*mask.shape, states.size(-1))
+            return CompletionOutput(hidden_states=padded.masked_scatter(mask.unsqueeze(-1), states))
         scored = _score(states, lm_head(self), completion_scoring, temperature, fp32_projection)
         if kwargs.get("output_router_logits"):
-            scored.aux_loss = _load_balancing_loss(self.config.get_text_config(), outputs, kwargs["attention_mask"])
+            weights = kwargs["attention_mask"] if packed is None else packed.token_weights
+            top_k = self.config.get_text_config().num_experts_per_tok
+            scored.router_sums = router_sums(outputs.router_logits, weights, top_k)
         return scored
 
     model.forward = types.MethodType(forward, model)
+
+
+def _completion_states(last_hidden_state: Tensor, scoring: CompletionScoring) -> Tensor:
+    """The states that predict the N tokens to score, of shape `(N, H)`: a position's state predicts the next token."""
+    if scoring.packed is not None:
+        return last_hidden_state[0].index_select(0, scoring.packed.state_index)
+    num_tokens = scoring.completion_ids.size(1)
+    return last_hidden_state[:, -num_tokens - 1 : -1][scoring.completion_mask.bool()]
 
 
 def _score(
@@ -126,17 +146,45 @@ def _score(
     if distillation is not None:
         distillation = replace(distillation, hidden_states=distillation.hidden_states[mask])
     terms = token_terms(
-        states[mask], head, scoring.completion_ids[mask], temperature, distillation, fp32_projection=fp32_projection
+        states, head, scoring.completion_ids[mask], temperature, distillation, fp32_projection=fp32_projection
     )
     # `masked_scatter` keeps an empty result connected to the graph, so that every rank runs backward
     padded = (None if term is None else term.new_zeros(mask.shape).masked_scatter(mask, term) for term in terms)
     return CompletionOutput(*padded)
 
 
-def _load_balancing_loss(config: PreTrainedConfig, outputs: ModelOutput, attention_mask: Tensor) -> Tensor:
-    # As TRL counts it: Mixtral's formula, over prompt and completion tokens alike
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+def router_sums(router_logits: tuple[Tensor, ...], token_weights: Tensor, top_k: int) -> Tensor:
+    """What the load-balancing loss of a mixture of experts needs of some tokens; sums over batches add up.
 
-    return load_balancing_loss_func(
-        outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-    )
+    Args:
+        router_logits (`tuple[torch.Tensor, ...]`):
+            Of each layer, of shape `(n, E)`.
+        token_weights (`torch.Tensor` of n elements):
+            How often each token counts.
+        top_k (`int`):
+            Experts a token.
+
+    Returns:
+        `torch.Tensor` of shape `(top_k + 1, E)`: Over tokens and layers, how often each expert is a token's first,
+        ..., k-th choice, and, last, the sum of its probabilities. Only the last has a gradient.
+    """
+    weights = token_weights.flatten()
+    sums = 0.0
+    for logits in router_logits:
+        probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = F.one_hot(probabilities.topk(top_k).indices, logits.size(-1)).to(probabilities.dtype)
+        sums = sums + torch.einsum(
+            "n,nke->ke", weights.to(probabilities), torch.cat([chosen, probabilities.unsqueeze(1)], 1)
+        )
+    return sums
+
+
+def load_balancing_loss(sums: Tensor) -> Tensor:
+    """The auxiliary loss of Mixtral and its successors, a scalar, from `router_sums`.
+
+    With f_je the share of tokens whose j-th choice is expert e, and p_e its mean probability, it is the sum over j and
+    e of E * f_je * p_e.
+    """
+    counts, probabilities = sums[:-1], sums[-1]
+    num_tokens = counts[0].sum()
+    return sums.size(-1) * (counts * probabilities).sum() / num_tokens**2

@@ -10,11 +10,12 @@ from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id, pad, use_adapter
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id, use_adapter
 
 from .config import DGRPOConfig
 from .heads import CompletionScoring, add_completion_scoring, lm_head
 from .losses import LMHead, token_terms
+from .rollouts import Rollouts
 
 
 logger = get_logger(__name__)
@@ -231,6 +232,10 @@ class Teacher:
             That of the rollouts.
         fp32_projection (`bool`, *optional*, defaults to `False`):
             Run the LM head in float32.
+        shares_prefix (`bool`, *optional*, defaults to `False`):
+            Run each prompt once for all its completions.
+        shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
+            Attention kernels of the shared prefix.
     """
 
     def __init__(
@@ -240,9 +245,13 @@ class Teacher:
         accelerator: Accelerator,
         temperature: float,
         fp32_projection: bool = False,
+        shares_prefix: bool = False,
+        shared_prefix_backend: str = "auto",
     ):
         self.accelerator = accelerator
         self.fp32_projection = fp32_projection
+        self.shares_prefix = shares_prefix
+        self.shared_prefix_backend = shared_prefix_backend
         self.is_base = model is None
         if self.is_base:
             self.model = student
@@ -293,6 +302,7 @@ class Teacher:
         completion_mask: Tensor,
         pad_token_id: int,
         batch_size: int,
+        max_tokens: int | None = None,
     ) -> Tensor:
         """The teacher's last hidden states at the positions that predict the completion tokens.
 
@@ -309,39 +319,28 @@ class Teacher:
                 Fills the prompts up on the left.
             batch_size (`int`):
                 Rows a forward.
+            max_tokens (`int`, *optional*):
+                Tokens a forward.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient.
+            `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient; 0 where the mask is 0.
         """
-        return torch.cat(
-            [
-                self._forward(
-                    prompts[start : start + batch_size],
-                    completion_ids[start : start + batch_size],
-                    completion_mask[start : start + batch_size],
-                    pad_token_id,
-                )
-                for start in range(0, len(prompts), batch_size)
-            ]
-        )
-
-    def _forward(self, prompts: list[list[int]], completion_ids: Tensor, completion_mask: Tensor, pad_token_id: int):
-        device = completion_ids.device
         # A student with the larger head may sample one of its padding rows: an id that stands for no string at all
         completion_ids = completion_ids.masked_fill(completion_ids >= self.vocab_size, pad_token_id)
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-        prompt_ids = pad(ids, padding_value=pad_token_id, padding_side="left")
-        prompt_mask = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side="left")
-        scoring = CompletionScoring(completion_ids, completion_mask, hidden_states_only=True)
-        with self._as_teacher(), self.accelerator.autocast():
-            states = self.model(
-                input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
-                attention_mask=torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], dim=1),
-                completion_scoring=scoring,
+        rollouts = Rollouts.from_prompts(prompts, completion_ids, completion_mask, pad_token_id)
+        with self._as_teacher():
+            parts = rollouts.split(batch_size, max_tokens, self.shares_prefix, self.accelerator)
+            return torch.cat([self._forward(rollouts.select(rows))[: len(rows)] for rows in parts])
+
+    def _forward(self, rollouts: Rollouts) -> Tensor:
+        with self.accelerator.autocast():
+            states = rollouts.forward(
+                self.model, self.shares_prefix, self.shared_prefix_backend, hidden_states_only=True
             ).hidden_states
             # The head rounds its input to the autocast dtype anyway: keeping more would only take more memory
-            rounds = torch.is_autocast_enabled(device.type) and not self.fp32_projection
-            return states.to(torch.get_autocast_dtype(device.type)) if rounds else states
+            device_type = states.device.type
+            rounds = torch.is_autocast_enabled(device_type) and not self.fp32_projection
+            return states.to(torch.get_autocast_dtype(device_type)) if rounds else states
 
     @torch.no_grad()
     def _check_head(self) -> None:

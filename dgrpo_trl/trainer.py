@@ -12,16 +12,20 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad, split_tensor_dict
 
 from .config import DGRPOConfig
 from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
-from .heads import CompletionScoring, add_completion_scoring
+from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
 from .losses import Distillation, aggregate
+from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill
+from .prefix_attention import register
+from .rollouts import Rollouts
 from .teacher import (
     BASE_TEACHER,
     Teacher,
@@ -45,10 +49,11 @@ class DGRPOTrainer(GRPOTrainer):
     Trainer for dGRPO (arXiv 2605.12227): GRPO on the student's own rollouts, plus the exact divergence to a teacher at
     every token of theirs, in one loss.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are the teacher, which scores every generation batch, and the
-    term that it adds to the loss. Generation, rewards, advantages, the GRPO loss itself, weight syncing and logging
-    are inherited. With `distill_coef=0` no teacher is used and training is that of `GRPOTrainer`, bit for bit. With a
-    teacher and no reward function, it is on-policy distillation.
+    The only changes with respect to [`~trl.GRPOTrainer`] are the teacher, which scores every generation batch, the
+    term that it adds to the loss, and the shared prefix, by which each prompt runs once for all its completions.
+    Generation, rewards, advantages, the GRPO loss itself, weight syncing and logging are inherited. With
+    `distill_coef=0` no teacher is used; with `shared_prefix="off"` as well, training is that of `GRPOTrainer`, bit for
+    bit. With a teacher and no reward function, it is on-policy distillation.
 
     The loss of a micro-batch is
 
@@ -176,21 +181,36 @@ class DGRPOTrainer(GRPOTrainer):
         )
         self.distill_coef = args.distill_coef
         self.teacher_model = None
+        self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
+        self._teacher_states = None  # its teacher hidden states
+        self._has_new_rollouts = False
+        self._shares_prefix = self._can_share(self.model, "the student")
+        self._student_check = ExactnessCheck(self.accelerator)
+        # Whether our forward replaces the parent's, which is left alone where there is no need to
+        self._scores = self._distills or self._shares_prefix or args.max_tokens_per_micro_batch is not None
+        if self._scores:
+            for policy in (self.model, self.ref_model):
+                if policy is not None:  # the ratio of both needs log-probabilities from the same arithmetic
+                    unwrapped = base_model(self.accelerator.unwrap_model(policy))
+                    add_completion_scoring(unwrapped, self.temperature, args.cast_lm_head_to_fp32)
+        if self._shares_prefix:
+            share_prefill(base_model(self.accelerator.unwrap_model(self.model)))
         if not self._distills:
             return
         self._teacher_seconds = 0.0
         self._window_totals = 0.0  # of the accumulation window: sums, counts and losses, see `_log_distillation`
-        self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
-        self._teacher_states = None  # its teacher hidden states
-        for policy in (self.model, self.ref_model):
-            if policy is not None:  # the ratio of both needs log-probabilities from the same arithmetic
-                unwrapped = base_model(self.accelerator.unwrap_model(policy))
-                add_completion_scoring(unwrapped, self.temperature, args.cast_lm_head_to_fp32)
         if teacher != BASE_TEACHER:
             self.teacher_model = load_teacher(teacher, args, base_model(self.model))
         self.teacher = Teacher(
-            self.teacher_model, self.model, self.accelerator, self.temperature, args.cast_lm_head_to_fp32
+            self.teacher_model,
+            self.model,
+            self.accelerator,
+            self.temperature,
+            args.cast_lm_head_to_fp32,
+            self._shares_prefix if self.teacher_model is None else self._can_share(self.teacher_model, "the teacher"),
+            args.shared_prefix_backend,
         )
+        self._teacher_check = ExactnessCheck(self.accelerator)
         if self.teacher_model is not None:
             self.teacher_model = self.teacher.model
 
@@ -202,10 +222,14 @@ class DGRPOTrainer(GRPOTrainer):
                 "`distill_coef=0`."
             )
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        config = _load_config(model, args).get_text_config()
+        model_config = _load_config(model, args)
+        config = model_config.get_text_config()
         positions = teacher_positions = max_positions(config)
+        _refuse_obstacle(obstacle(model_config), "the student", args)
         if self._distills and teacher != BASE_TEACHER:
-            teacher_config = load_teacher_config(teacher, args).get_text_config()
+            teacher_model_config = load_teacher_config(teacher, args)
+            _refuse_obstacle(obstacle(teacher_model_config), "the teacher", args)
+            teacher_config = teacher_model_config.get_text_config()
             check_vocabularies(tokenizer, teacher, args, config.vocab_size, teacher_config.vocab_size)
             teacher_positions = max_positions(teacher_config)
         self._positions = {"the student": positions} | ({"the teacher": teacher_positions} if self._distills else {})
@@ -222,6 +246,69 @@ class DGRPOTrainer(GRPOTrainer):
                     check_prompt_lengths(
                         dataset, column, count_tokens, args.max_completion_length, reader_positions, reader
                     )
+
+    def _can_share(self, model: nn.Module, name: str) -> bool:
+        """Whether `model` is to run each prompt once. Prepares its attention if so, and logs why if not.
+
+        Raises:
+            ValueError: If it cannot, and `shared_prefix` is `"on"`.
+        """
+        if self.args.shared_prefix == "off":
+            return False
+        config = base_model(self.accelerator.unwrap_model(model)).config
+        implementation = config._attn_implementation
+        reason = obstacle(config)
+        if reason is None and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            reason = "its adapter puts virtual tokens before the prompt"
+        if reason is None and not (implementation == "sdpa" or "flash" in implementation):
+            reason = f"its attention implementation is {implementation!r}, not 'sdpa' or a flash one"
+        if reason is not None:
+            _refuse_obstacle(reason, name, self.args)
+            logger.warning(
+                f"Shared prefix: off for {name}: {reason}. Every completion runs with a copy of its prompt."
+            )
+            return False
+        register(implementation)
+        logger.info(f"Shared prefix: on for {name}")
+        return True
+
+    def _keeps_sharing(self, check: ExactnessCheck, model: nn.Module, name: str, prompts, completions) -> bool:
+        """Whether packed forwards of `model` still equal plain ones on these rollouts. A collective call.
+
+        Raises:
+            RuntimeError: If they do not, and `shared_prefix` is `"on"`.
+        """
+        if not check.is_due(prompts, completions):
+            return True
+
+        def states(prompts: list[list[int]], completions: list[list[int]], shares_prefix: bool) -> Tensor:
+            ids = [torch.tensor(completion, dtype=torch.long) for completion in completions]
+            mask = pad([torch.ones_like(row) for row in ids]).to(self.accelerator.device)
+            ids = pad(ids).to(self.accelerator.device)
+            rollouts = Rollouts.from_prompts(prompts, ids, mask, self._tokenizer.pad_token_id)
+            with self.accelerator.autocast():
+                return rollouts.forward(
+                    model, shares_prefix, self.args.shared_prefix_backend, hidden_states_only=True
+                ).hidden_states[mask.bool()]
+
+        was_training = model.training
+        model.eval()  # dropout would differ between the two
+        try:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                passes = check.passes(prompts, completions, states)
+        finally:
+            model.train(was_training)
+        if passes:
+            logger.info(f"Shared prefix: exact for {name} to {check.error:.1e} at {check.checked_length} tokens")
+            return True
+        message = (
+            f"The hidden states of {name} with a shared prefix differ from those without by {check.error:.2g} of "
+            f"their norm, at {check.checked_length} tokens."
+        )
+        if self.args.shared_prefix == "on":
+            raise RuntimeError(f"{message} Training would be wrong. Set `shared_prefix='off'`, and please report it.")
+        logger.warning(f"{message} The shared prefix is switched off for it; please report this.")
+        return False
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -248,25 +335,61 @@ class DGRPOTrainer(GRPOTrainer):
                 "longer rows, lower `max_completion_length`, or extend the positions (for instance YaRN)."
             )
 
+    def _generate(self, prompts: list):
+        generated = super()._generate(prompts)
+        if self._shares_prefix:  # before anything is scored
+            prompt_ids, completion_ids = generated[:2]
+            self._shares_prefix = self._keeps_sharing(
+                self._student_check, self.model_wrapped, "the student", prompt_ids, completion_ids
+            )
+        return generated
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if not (self._shares_prefix and self._has_new_rollouts and self.model.training):
+            return inputs
+        self._has_new_rollouts = False
+        self._buffered_inputs = _regroup(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = super()._generate_and_score_completions(inputs)
+        self._has_new_rollouts = True
         if not self._distills:
             return rollouts
         if "pixel_values" in rollouts:
             raise NotImplementedError("The teacher does not score images yet. Use a text-only data set.")
         is_training = self.model.training
         start = _synchronized_clock()
+        prompt_ids = self._teacher_prompt_ids(inputs, rollouts)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.teacher.shares_prefix:
+                self._check_teacher(prompt_ids, rollouts)
             rollouts["teacher_hidden_states"] = self.teacher.hidden_states(
-                self._teacher_prompt_ids(inputs, rollouts),
+                prompt_ids,
                 rollouts["completion_ids"],
                 rollouts["completion_mask"],
                 self._tokenizer.pad_token_id,
                 self.args.per_device_train_batch_size if is_training else self.args.per_device_eval_batch_size,
+                self.args.max_tokens_per_micro_batch,
             )
         if is_training:
             self._teacher_seconds += _synchronized_clock() - start
         return rollouts
+
+    def _check_teacher(self, prompt_ids: list[list[int]], rollouts: dict[str, Any]) -> None:
+        """Lets the teacher share prefixes no longer if that is not exact. A collective call."""
+        if self.teacher.is_base:
+            self.teacher.shares_prefix = self._shares_prefix
+            return
+        vocab_size, pad_token_id = self.teacher.vocab_size, self._tokenizer.pad_token_id
+        completions = [
+            ids[: mask.sum()].masked_fill(ids[: mask.sum()] >= vocab_size, pad_token_id).tolist()
+            for ids, mask in zip(rollouts["completion_ids"], rollouts["completion_mask"], strict=True)
+        ]
+        self.teacher.shares_prefix = self._keeps_sharing(
+            self._teacher_check, self.teacher.model, "the teacher", prompt_ids, completions
+        )
 
     def _teacher_prompt_ids(self, inputs: list[dict[str, Any]], rollouts: dict[str, Any]) -> list[list[int]]:
         """What the teacher reads before each completion: the row's own teacher prompt, else the student's prompt."""
@@ -292,7 +415,7 @@ class DGRPOTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **multimodal_inputs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not self._distills:
+        if not self._scores or multimodal_inputs.get("pixel_values") is not None:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -303,27 +426,44 @@ class DGRPOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **multimodal_inputs,
             )
+        prompt_length = input_ids.size(1) - logits_to_keep
+        rollouts = Rollouts(
+            *(tensor[:, :prompt_length] for tensor in (input_ids, attention_mask)),
+            *(tensor[:, prompt_length:] for tensor in (input_ids, attention_mask)),
+        )
+        parts = rollouts.split(
+            batch_size or len(input_ids), self.args.max_tokens_per_micro_batch, self._shares_prefix, self.accelerator
+        )
+        teacher_head = None if self._teacher_states is None else self.teacher.head
+        outputs = []
+        for rows in parts:
+            score = functools.partial(self._score, model, rollouts.select(rows), rows, teacher_head, compute_aux_loss)
+            if len(parts) > 1 and torch.is_grad_enabled():
+                # The loss of the whole is needed for the gradient of a part, and two graphs at once may not fit
+                score = functools.partial(checkpoint, score, use_reentrant=False)
+            outputs.append(score())
+        self._scored = _concatenate(outputs, [len(rows) for rows in parts])  # read by `_compute_loss`
+        aux_loss = load_balancing_loss(self._scored.router_sums) if compute_aux_loss else None
+        return self._scored.logps, self._scored.entropies if compute_entropy else None, aux_loss
+
+    def _score(self, model, rollouts: Rollouts, rows: list[int], teacher_head, with_router: bool) -> CompletionOutput:
+        """One forward of the student, or of the reference model, over the rows `rows` of a micro-batch."""
         distillation = None
-        if self._teacher_states is not None:
+        if teacher_head is not None:
             distillation = Distillation(
-                self._teacher_states,
-                self.teacher.head,
+                self._teacher_states[rows or [0]],
+                teacher_head,
                 self.args.distill_divergence,
                 self.args.distill_jsd_mixture,
             )
-        batch_size = batch_size or input_ids.size(0)
-        outputs = []
-        for start in range(0, input_ids.size(0), batch_size):
-            ids, mask = input_ids[start : start + batch_size], attention_mask[start : start + batch_size]
-            scoring = CompletionScoring(ids[:, -logits_to_keep:], mask[:, -logits_to_keep:], distillation=distillation)
-            kwargs = {"output_router_logits": True} if compute_aux_loss else {}
-            with self.accelerator.autocast():
-                outputs.append(model(input_ids=ids, attention_mask=mask, completion_scoring=scoring, **kwargs))
-        self._scored = outputs[0]  # read by `_compute_loss`, which scores its micro-batch in one piece
-        logps = torch.cat([output.logps for output in outputs])
-        entropies = torch.cat([output.entropies for output in outputs]) if compute_entropy else None
-        aux_loss = torch.stack([output.aux_loss for output in outputs]).mean() if compute_aux_loss else None
-        return logps, entropies, aux_loss
+        with self.accelerator.autocast():
+            return rollouts.forward(
+                model,
+                self._shares_prefix,
+                self.args.shared_prefix_backend,
+                distillation=distillation,
+                with_router=with_router,
+            )
 
     def _compute_loss(self, model, inputs):
         if not self._distills:
@@ -394,6 +534,54 @@ class DGRPOTrainer(GRPOTrainer):
             for name in [name for name in metrics if name.startswith("reward") or name == "frac_reward_zero_std"]:
                 del metrics[name]
         super().log(logs, start_time)
+
+
+def _concatenate(outputs: list[CompletionOutput], num_rows: list[int]) -> CompletionOutput:
+    """The outputs of a batch from those of its parts, of which the last may stand for no rows."""
+    fields = {}
+    for name in outputs[0].keys():
+        values = [output[name] for output in outputs]
+        if name == "router_sums":
+            fields[name] = sum(value for value, n in zip(values, num_rows, strict=True) if n > 0)
+        else:
+            fields[name] = torch.cat([value[:n] for value, n in zip(values, num_rows, strict=True)])
+    if 0 in num_rows:  # parts without rows stay in the graph, so that every rank runs their backward
+        fields["logps"] = fields["logps"] + 0 * sum(
+            output.logps.sum() for output, n in zip(outputs, num_rows, strict=True) if n == 0
+        )
+    return CompletionOutput(**fields)
+
+
+def _regroup(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows in as many micro-batches, those of one prompt next to each other.
+
+    Prompts keep the order in which their first rows come, so the parent's shuffle still decides which are trained on
+    together, and its draw from the random generator stays the only one.
+    """
+    whole = {}
+    for name, value in micro_batches[0].items():
+        if isinstance(value, list):
+            whole[name] = [item for micro_batch in micro_batches for item in micro_batch[name]]
+        elif value is None or value.dim() == 0:
+            whole[name] = value
+        else:
+            whole[name] = torch.cat([micro_batch[name] for micro_batch in micro_batches])
+    groups = group_rows(prompt_keys(whole["prompt_ids"], whole["prompt_mask"]))
+    order = torch.tensor([i for rows in groups for i in rows])
+    for name, value in whole.items():
+        if isinstance(value, list):
+            whole[name] = [value[i] for i in order]
+        elif value is not None and value.dim() > 0:
+            whole[name] = value[order.to(value.device)]
+    return split_tensor_dict(whole, len(micro_batches))
+
+
+def _refuse_obstacle(reason: str | None, name: str, args: DGRPOConfig) -> None:
+    if reason is not None and args.shared_prefix == "on":
+        raise ValueError(
+            f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {reason}. Set it to 'auto', which "
+            "shares wherever that is exact, or to 'off'."
+        )
 
 
 def no_reward(completions: list, **kwargs) -> list[float]:
