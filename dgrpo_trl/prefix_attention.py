@@ -284,9 +284,10 @@ class _VarlenKernel:
     """What FlashAttention's variable-length kernels have in common: offsets on the device, windows as two numbers."""
 
     def forward(self, q, k, v, q_lengths, k_lengths, scale, causal, left):
+        head_dim = q.size(-1)
         q, k, v = (_pad_heads(t) for t in (q, k, v))
         out, lse = self._forward(q, k, v, scale, *_varlen(q_lengths, k_lengths, causal, left, q.device))
-        return out, lse
+        return out[..., :head_dim], lse
 
     def backward(self, grad, q, k, v, out, lse, q_lengths, k_lengths, scale, causal, left):
         head_dim = q.size(-1)
@@ -302,23 +303,14 @@ def _pad_heads(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-@dataclass(frozen=True)
-class _Varlen:
-    q_offsets: Tensor
-    k_offsets: Tensor
-    max_q: int
-    max_k: int
-    is_causal: bool
-    window: tuple[int, int]
-
-
 @functools.lru_cache(maxsize=64)
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     # Cached: every layer asks for the same ones
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _varlen(q_lengths, k_lengths, causal, left, device):
+def _varlen(q_lengths, k_lengths, causal: bool, left: int | None, device) -> tuple:
+    """Offsets and largest lengths of queries and keys, whether the mask is causal alone, and the window."""
     window = (-1 if left is None else left, 0 if causal else -1)
     return (
         _offsets(q_lengths, device),

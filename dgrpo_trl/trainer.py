@@ -434,10 +434,19 @@ class DGRPOTrainer(GRPOTrainer):
         parts = rollouts.split(
             batch_size or len(input_ids), self.args.max_tokens_per_micro_batch, self._shares_prefix, self.accelerator
         )
-        teacher_head = None if self._teacher_states is None else self.teacher.head
+        teacher_states = self._teacher_states
+        teacher_head = None if teacher_states is None else self.teacher.head
         outputs = []
         for rows in parts:
-            score = functools.partial(self._score, model, rollouts.select(rows), rows, teacher_head, compute_aux_loss)
+            distillation = None
+            if teacher_states is not None:
+                distillation = Distillation(
+                    teacher_states[rows[0] : rows[-1] + 1] if rows else teacher_states[:1],
+                    teacher_head,
+                    self.args.distill_divergence,
+                    self.args.distill_jsd_mixture,
+                )
+            score = functools.partial(self._score, model, rollouts.select(rows), distillation, compute_aux_loss)
             if len(parts) > 1 and torch.is_grad_enabled():
                 # The loss of the whole is needed for the gradient of a part, and two graphs at once may not fit
                 score = functools.partial(checkpoint, score, use_reentrant=False)
@@ -446,16 +455,10 @@ class DGRPOTrainer(GRPOTrainer):
         aux_loss = load_balancing_loss(self._scored.router_sums) if compute_aux_loss else None
         return self._scored.logps, self._scored.entropies if compute_entropy else None, aux_loss
 
-    def _score(self, model, rollouts: Rollouts, rows: list[int], teacher_head, with_router: bool) -> CompletionOutput:
-        """One forward of the student, or of the reference model, over the rows `rows` of a micro-batch."""
-        distillation = None
-        if teacher_head is not None:
-            distillation = Distillation(
-                self._teacher_states[rows or [0]],
-                teacher_head,
-                self.args.distill_divergence,
-                self.args.distill_jsd_mixture,
-            )
+    def _score(
+        self, model, rollouts: Rollouts, distillation: Distillation | None, with_router: bool
+    ) -> CompletionOutput:
+        """One forward of the student or of the reference model."""
         with self.accelerator.autocast():
             return rollouts.forward(
                 model,

@@ -1,0 +1,692 @@
+"""Packed rows against plain ones: attention, every allowed model type, values and gradients; controls that fail."""
+
+import contextlib
+import types
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from dgrpo_trl import prefix, prefix_attention
+from dgrpo_trl.heads import CompletionScoring, add_completion_scoring, load_balancing_loss, router_sums
+from dgrpo_trl.prefix import (
+    FULL_ATTENTION_MODEL_TYPES,
+    SLIDING_WINDOW_MODEL_TYPES,
+    obstacle,
+    pack,
+    share_prefill,
+    split_by_tokens,
+)
+from dgrpo_trl.prefix_attention import (
+    BACKENDS,
+    FlashAttention2Kernel,
+    FlashAttention3Kernel,
+    Group,
+    MathKernel,
+    PrefixLayout,
+    TorchCPUKernel,
+    TorchFlashKernel,
+    check_kernel,
+    choose_kernel,
+    register,
+)
+from dgrpo_trl.rollouts import Rollouts
+
+
+CPU = torch.device("cpu")
+LAYOUT = PrefixLayout((Group(0, 37, (5, 1, 9)), Group(52, 0, (3,)), Group(55, 11, (12, 30))))
+
+
+# --- Attention
+
+
+def naive_attention(q, k, v, layout, scale, window):
+    """Straight from the definition, with a mask of L x L; `q` of shape `(L, Hq, D)`."""
+    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    positions = torch.zeros(layout.num_tokens, dtype=torch.long)
+    for group in layout.groups:
+        start, end = group.start, group.start + group.prefix_length
+        positions[start:end] = torch.arange(group.prefix_length)
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+        branch = end
+        for length in group.branch_lengths:
+            positions[branch : branch + length] = group.prefix_length + torch.arange(length)
+            seen[branch : branch + length, start:end] = True
+            seen[branch : branch + length, branch : branch + length] = torch.ones(length, length).tril().bool()
+            branch += length
+    if window is not None:
+        seen &= positions[:, None] - positions[None] < window
+    repeats = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+def random_qkv(layout, dtype=torch.float64, head_dim=8):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(layout.num_tokens, heads, head_dim, generator=generator, dtype=dtype, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 16, 40, 100])
+@pytest.mark.parametrize("kernel", [MathKernel(), TorchCPUKernel()], ids=lambda kernel: type(kernel).__name__)
+def test_attention_and_gradients_equal_the_definition(kernel, window):
+    qkv = random_qkv(LAYOUT)
+    out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, window, kernel)
+    expected = naive_attention(*qkv, LAYOUT, 0.3, window)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    pairs = zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True)
+    for got, wanted in pairs:
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_attention_passes_gradcheck():
+    layout = PrefixLayout((Group(0, 5, (2, 3)),))
+
+    def attention(q, k, v):
+        return prefix_attention._SharedPrefixAttention.apply(q, k, v, layout, 0.3, None, TorchCPUKernel())
+
+    assert torch.autograd.gradcheck(attention, random_qkv(layout, head_dim=3))
+
+
+@pytest.mark.parametrize("kernel", [MathKernel(), TorchCPUKernel()], ids=lambda kernel: type(kernel).__name__)
+def test_bfloat16_attention_is_as_close_as_rounding_allows(kernel):
+    qkv = random_qkv(LAYOUT)
+    expected = naive_attention(*qkv, LAYOUT, 0.3, None)
+    out = prefix_attention._SharedPrefixAttention.apply(*(x.bfloat16() for x in qkv), LAYOUT, 0.3, None, kernel)
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("tile", [16, 17, 1024])
+def test_the_math_kernel_does_not_depend_on_its_tiles(monkeypatch, tile):
+    monkeypatch.setattr(prefix_attention, "MAX_SCORES", tile * 4 * 37)
+    check_kernel(MathKernel(), CPU, torch.float64, 8)
+    qkv = random_qkv(LAYOUT)
+    out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, 8, MathKernel())
+    torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, 8), rtol=0, atol=1e-13)
+
+
+def test_no_mask_and_no_copy_of_the_prompt_is_made():
+    layout = PrefixLayout((Group(0, 16384, (8,) * 8),))
+    qkv = random_qkv(layout, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = prefix_attention._SharedPrefixAttention.apply(*qkv, layout, 0.3, None, TorchCPUKernel())
+        out.sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    # Outputs and gradients are as large as the queries; 8 copies of the prompt's keys would be 4 times that
+    assert largest < 1.5 * qkv[0].numel() * 4
+
+
+# --- Kernels
+
+
+def fake_flash(version):
+    """A module with the raw kernels' signatures, as published with flash-attn 2.8 and 3.0, that computes by hand."""
+    math = MathKernel()
+
+    def lengths(offsets):
+        return tuple(offsets.diff().tolist())
+
+    def options(q, scale, causal, left, right):
+        assert not causal or (left, right) == (-1, -1)
+        assert right == (0 if left >= 0 and causal is False and right == 0 else -1) or causal
+        return scale, causal or right == 0, None if left < 0 else left
+
+    def varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    ):  # fmt: skip
+        rest = options(q, softmax_scale, causal, window_size_left, window_size_right)
+        assert max_seqlen_q == max(lengths(cu_seqlens_q)) and dropout_p == 0 and softcap == 0
+        return *math.forward(q, k, v, lengths(cu_seqlens_q), lengths(cu_seqlens_k), *rest), None, None
+
+    def varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None,
+    ):  # fmt: skip
+        rest = options(q, softmax_scale, causal, window_size_left, window_size_right)
+        gradients = math.backward(dout, q, k, v, out, softmax_lse, lengths(cu_seqlens_q), lengths(cu_seqlens_k), *rest)
+        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+            target.copy_(gradient)
+        return None
+
+    if version == 2:
+        return types.SimpleNamespace(
+            _flash_attn_varlen_forward=varlen_forward, _flash_attn_varlen_backward=varlen_backward
+        )
+
+    def forward(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left,
+        window_size_right,
+    ):  # fmt: skip
+        return varlen_forward(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal),
+            *(window_size_left, window_size_right),
+        )
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert sequed_q is None and sequed_k is None
+        return varlen_backward(
+            *(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            *(0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap, None, deterministic),
+        )
+
+    return types.SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+
+
+@pytest.mark.parametrize("head_dim", [8, 12])  # the second is filled up to 16
+@pytest.mark.parametrize("kernel", [FlashAttention2Kernel(fake_flash(2)), FlashAttention3Kernel(fake_flash(3))])
+def test_the_flash_packages_are_called_as_published(kernel, head_dim):
+    check_kernel(kernel, CPU, torch.float32, head_dim)
+    for window in (None, 8):
+        qkv = random_qkv(LAYOUT, head_dim=head_dim)
+        out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, window, kernel)
+        torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, window), rtol=0, atol=1e-12)
+
+
+def test_pytorchs_flash_operators_take_the_arguments():
+    # Shapes alone: this machine's build has no such kernel, but it has their schemas
+    q, k, v = (torch.empty(40, heads, 8, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    for lengths, causal, left in (((33, 7), True, None), ((33, 7), True, 8), ((40,), False, 5)):
+        out, lse = TorchFlashKernel().forward(q, k, v, lengths, lengths, 0.3, causal, left)
+        assert out.shape == q.shape and lse.shape == (4, 40)
+        gradients = TorchFlashKernel().backward(out, q, k, v, out, lse, lengths, lengths, 0.3, causal, left)
+        assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+
+
+class BrokenKernel(MathKernel):
+    def backward(self, *args):
+        dq, dk, dv = super().backward(*args)
+        return dq, dk * 1.1, dv
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
+    with pytest.raises(RuntimeError, match="its dk is off by"):
+        check_kernel(BrokenKernel(), CPU, torch.float32, 8)
+    make_kernel = prefix_attention._make_kernel
+    monkeypatch.setattr(
+        prefix_attention,
+        "_make_kernel",
+        lambda name, device: BrokenKernel() if name == "torch" else make_kernel(name, device),
+    )
+    choose_kernel.cache_clear()
+    assert type(choose_kernel("auto", CPU, torch.float32, 8)) is MathKernel
+    with pytest.raises(ValueError, match="`shared_prefix_backend` is 'torch'.*its dk is off by.*Set it to 'auto'"):
+        choose_kernel("torch", CPU, torch.float32, 8)
+    choose_kernel.cache_clear()
+
+
+def test_a_backend_that_is_not_installed_is_named():
+    with pytest.raises(ValueError, match="`shared_prefix_backend` is 'flash_attention_2'.*flash_attn"):
+        choose_kernel("flash_attention_2", CPU, torch.float32, 8)
+
+
+def test_the_cpu_uses_pytorchs_kernel():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert type(choose_kernel("auto", CPU, dtype, 64)) is TorchCPUKernel
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_attention_equals_the_definition(backend, window):
+    try:
+        kernel = choose_kernel(backend, torch.device("cuda", 0), torch.bfloat16, 64)
+    except ValueError as error:
+        pytest.skip(str(error))
+    qkv = random_qkv(LAYOUT, head_dim=64)
+    expected = naive_attention(*qkv, LAYOUT, 0.125, window)
+    rounded = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv]
+    out = prefix_attention._SharedPrefixAttention.apply(*rounded, LAYOUT, 0.125, window, kernel)
+    gradients = torch.autograd.grad(out, rounded, torch.ones_like(out))
+    wanted = torch.autograd.grad(expected, qkv, torch.ones_like(expected))
+    for a, b in zip((out, *gradients), (expected, *wanted), strict=True):
+        assert (a.cpu().double() - b).norm() < 0.02 * b.norm()
+
+
+# --- Packing
+
+
+def test_a_packed_row_by_hand():
+    prompts = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [5, 6, 7], [5, 6, 7])]
+    completions = torch.tensor([[10, 11, 0], [12, 13, 14], [15, 16, 17], [18, 0, 0]])
+    packed = pack(prompts, completions, [2, 3, 0, 1])
+    assert packed.input_ids.tolist() == [[5, 6, 7, 10, 7, 8, 12, 13]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
+    assert packed.layout.groups == (Group(0, 2, (2, 1)), Group(5, 0, (3,)))
+    assert packed.layout.segments == (2, 2, 1, 3)
+    assert packed.state_index.tolist() == [2, 3, 5, 6, 7, 4]  # of 10, 11, 12, 13, 14, 18
+    assert packed.token_weights.tolist() == [[2, 2, 1, 1, 1, 1, 1, 1]]
+
+    whole = pack(prompts, completions, [2, 3, 0, 1], whole_rows=True)
+    assert whole.input_ids.tolist() == [[5, 6, 7, 10, 11, 7, 7, 18, 8, 12, 13, 14]]
+    assert whole.token_weights.sum() == 5 + 4 + 3 + 4  # as many as the unpacked rows have
+    assert whole.state_index.tolist() == [2, 3, 8, 9, 10, 6]
+
+
+def test_nothing_to_score_is_one_token():
+    packed = pack([torch.tensor([5, 6, 7])] * 2, torch.tensor([[1], [2]]), [0, 0])
+    assert packed.input_ids.tolist() == [[7]] and packed.state_index.numel() == 0
+
+
+def test_parts_by_hand():
+    # One prompt of 10 tokens runs 9 of them once, and 1 + C for each completion
+    assert split_by_tokens([10] * 4, [5, 5, 5, 5], "aaaa", 8, 27) == [[0, 1, 2], [3]]
+    assert split_by_tokens([10] * 4, [5, 5, 5, 5], "aaaa", 8, 26) == [[0, 1], [2, 3]]
+    assert split_by_tokens([10] * 4, [5, 5, 5, 5], "abab", 8, 30) == [[0, 1], [2, 3]]
+    assert split_by_tokens([10] * 4, [5, 5, 5, 5], "aaaa", 8, 30, row_length=15) == [[0, 1], [2, 3]]
+    assert split_by_tokens([10] * 4, [5, 5, 5, 5], "aaaa", 3) == [[0, 1, 2], [3]]
+    assert split_by_tokens([10, 90, 10], [5, 5, 5], "aba", 8, 20) == [[0], [1], [2]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1, max_size=12),
+    st.integers(1, 12),
+    st.integers(1, 150),
+)
+def test_parts_keep_rows_order_and_bounds(rows, max_rows, max_tokens):
+    keys = [key for key, _ in rows]
+    prompt_lengths, completion_lengths = [10 + key for key in keys], [length for _, length in rows]
+    parts = split_by_tokens(prompt_lengths, completion_lengths, keys, max_rows, max_tokens)
+    assert [i for part in parts for i in part] == list(range(len(rows)))
+    for part in parts:
+        prompts = {keys[i]: prompt_lengths[i] - 1 for i in part}
+        num_tokens = sum(prompts.values()) + sum(completion_lengths[i] + 1 for i in part)
+        assert len(part) <= max_rows and (num_tokens <= max_tokens or len(part) == 1)
+
+
+# --- Models
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "vocab_size": 90,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "first_k_dense_replace": 1,
+}
+OVERRIDES = {
+    **dict.fromkeys(("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "minimax_m2"), EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), {**EXPERTS, **LATENT}),
+    "minicpm3": {**LATENT, "head_dim": 12},
+    "seed_oss": {"attention_dropout": 0.0},
+}
+WINDOW = {
+    "sliding_window": 8,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "max_window_layers": 0,
+}
+ALLOWED = [
+    *((model_type, {}) for model_type in sorted(SLIDING_WINDOW_MODEL_TYPES | FULL_ATTENTION_MODEL_TYPES)),
+    *((model_type, WINDOW) for model_type in sorted(SLIDING_WINDOW_MODEL_TYPES)),
+]
+
+
+def tiny_model(model_type, **overrides):
+    """A random model of any type, with weights wide enough for its attention to be sharp."""
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **OVERRIDES.get(model_type, {}), **overrides})
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = "eager"  # the only one in float64
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+        model.get_output_embeddings().weight.mul_(4)
+    register("sdpa")
+    add_completion_scoring(model)
+    return model.eval()
+
+
+def rollouts_of(prompt_lengths=(37, 9, 1), num_generations=3, num_tokens=12):
+    """Groups of rollouts with prompts and completions of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(3, 90, (length,), generator=generator).tolist()
+        for length in prompt_lengths
+        for _ in range(num_generations)
+    ]
+    prompts = [prompts[i - i % num_generations] for i in range(len(prompts))]
+    lengths = torch.randint(1, num_tokens + 1, (len(prompts), 1), generator=generator)
+    lengths[1] = num_tokens
+    ids = torch.randint(3, 90, (len(prompts), num_tokens), generator=generator)
+    return Rollouts.from_prompts(prompts, ids, (torch.arange(num_tokens) < lengths).long(), 0)
+
+
+def plain_forward(model, rollouts):
+    """Padded rows, with the positions that tokens have without the padding: TRL leaves positions out."""
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)
+    return model(
+        input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        completion_scoring=CompletionScoring(rollouts.completion_ids, rollouts.completion_mask),
+    )
+
+
+def values_and_gradients(model, forward):
+    model.zero_grad()
+    output = forward(model)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, *output.logps.shape, generator=generator).to(output.logps)
+    (weights[0] * output.logps + weights[1] * output.entropies).sum().backward()
+    return output.logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def errors(model, rollouts=None, packed=None):
+    """Packed against plain: largest error of a log-probability, largest relative error of a gradient."""
+    rollouts = rollouts_of() if rollouts is None else rollouts
+    packed = packed or (lambda model: rollouts.forward(model, shares_prefix=True))
+    logps, gradients = values_and_gradients(model, lambda model: plain_forward(model, rollouts))
+    packed_logps, packed_gradients = values_and_gradients(model, packed)
+    assert gradients.keys() == packed_gradients.keys()
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    relative = [
+        (gradients[name] - packed_gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6 * total)
+        for name in gradients  # the bound: some biases of keys have no gradient but rounding
+    ]
+    return (logps - packed_logps).abs().max().item(), max(relative).item()
+
+
+@contextlib.contextmanager
+def no_casts():
+    """Takes out the casts to float32 that models make inside, in norms and rotary embeddings: they hide errors."""
+
+    def to(self, *args, original=torch.Tensor.to, **kwargs):
+        args = [torch.float64 if argument is torch.float32 else argument for argument in args]
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return original(self, *args, **kwargs)
+
+    def cast(self, dtype=None, original=torch.Tensor.type):
+        return original(self) if dtype is None else original(self, torch.float64 if dtype is torch.float32 else dtype)
+
+    def softmax(tensor, dim=None, _stacklevel=3, dtype=None, original=torch.nn.functional.softmax):
+        return original(tensor, dim=dim)
+
+    def method_softmax(self, dim, dtype=None, original=torch.softmax):
+        return original(self, dim)
+
+    with (
+        mock.patch.object(torch.Tensor, "to", to),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch.Tensor, "type", cast),
+        mock.patch.object(torch.Tensor, "softmax", method_softmax),
+        mock.patch.object(torch.nn.functional, "softmax", softmax),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(("model_type", "options"), ALLOWED, ids=lambda value: value if isinstance(value, str) else "")
+def test_values_and_gradients_of_every_allowed_model_type(model_type, options):
+    model = tiny_model(model_type, **options)
+    assert obstacle(model.config) is None
+    logps, gradients = errors(model)
+    assert logps <= 1e-5 and gradients <= 1e-5
+    model.double()
+    with no_casts():
+        logps, gradients = errors(model)
+    assert logps <= 1e-12 and gradients <= 1e-12
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "olmoe", "phimoe"])
+def test_models_with_their_window_in_the_mask_alone_are_wrong_and_refused(model_type):
+    model = tiny_model(model_type, **{**EXPERTS, **WINDOW})
+    assert errors(model)[0] > 0.1
+    assert obstacle(model.config) is not None
+
+
+def test_long_rope_and_tied_embeddings():
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    for options in ({"rope_parameters": rope}, {"tie_word_embeddings": True}):
+        model = tiny_model("qwen3", **options).double()
+        with no_casts():
+            assert max(errors(model)) <= 1e-12
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_and_offloaded_activations(use_reentrant):
+    model = tiny_model("qwen3", **WINDOW).double()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    rollouts = rollouts_of()
+
+    def packed(model):
+        with torch.autograd.graph.save_on_cpu():
+            return rollouts.forward(model, shares_prefix=True)
+
+    with no_casts():
+        assert max(errors(model, rollouts)) <= 1e-12
+        assert max(errors(model, rollouts, packed)) <= 1e-12
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora(checkpointing):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama").double(), config).double().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    with no_casts():
+        assert max(errors(model)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
+def test_low_precision_is_as_close_to_float32_as_the_plain_forward(dtype):
+    exact, _ = values_and_gradients(tiny_model("qwen3"), lambda model: plain_forward(model, rollouts_of()))
+    model = tiny_model("qwen3").to(dtype)
+    differences = []
+    for forward in (
+        lambda model: plain_forward(model, rollouts_of()),
+        lambda model: rollouts_of().forward(model, shares_prefix=True),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            logps, _ = values_and_gradients(model, forward)
+        differences.append((logps.float() - exact).abs().mean().item())
+    plain, packed = differences
+    assert 0 < packed < 1.5 * plain
+
+
+# --- Controls: what the comparison above must not pass
+
+
+def test_control_positions_that_are_not_restarted_fail():
+    def restart_nothing(*args, **kwargs):
+        packed = pack(*args, **kwargs)
+        packed.position_ids.copy_(torch.arange(packed.position_ids.size(1)))
+        return packed
+
+    with mock.patch("dgrpo_trl.rollouts.pack", restart_nothing):
+        assert errors(tiny_model("qwen3"))[0] > 0.1
+
+
+def test_control_completions_that_see_each_other_fail():
+    def one_branch(*args, **kwargs):
+        packed = pack(*args, **kwargs)
+        groups = tuple(Group(g.start, g.prefix_length, (sum(g.branch_lengths),)) for g in packed.layout.groups)
+        object.__setattr__(packed, "layout", PrefixLayout(groups))
+        return packed
+
+    with mock.patch("dgrpo_trl.rollouts.pack", one_branch):
+        assert errors(tiny_model("qwen3"))[0] > 0.1
+
+
+def test_control_a_detached_prompt_passes_for_its_values_and_fails_for_its_gradients():
+    class DetachedPrefix(TorchCPUKernel):
+        def backward(self, grad, q, k, v, *args):
+            dq, dk, dv = super().backward(grad, q, k, v, *args)
+            is_cross = args[5] is False  # not causal: a branch that sees its prefix
+            return (dq, dk * 0, dv * 0) if is_cross else (dq, dk, dv)
+
+    with mock.patch("dgrpo_trl.prefix_attention.choose_kernel", lambda *args: DetachedPrefix()):
+        logps, gradients = errors(tiny_model("qwen3"))
+    assert logps <= 1e-5 and gradients > 0.1
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "reason"),
+    [
+        ("gpt2", {}, "'gpt2' is not among those that were tested"),
+        ("qwen3_next", {}, "'qwen3_next' is not among"),
+        ("qwen2_moe", {**EXPERTS, **WINDOW}, "the sliding window of 'qwen2_moe' was not tested"),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
+        ("llama", {"attention_dropout": 0.1}, "attention dropout of 0.1"),
+    ],
+)
+def test_obstacles(model_type, options, reason):
+    config = transformers.AutoConfig.for_model(model_type, **({**SIZES, **options} if options else {}))
+    assert reason in obstacle(config)
+
+
+def test_what_the_kernels_cannot_express_raises_in_the_layer():
+    module, tensor = torch.nn.Module(), torch.zeros(1, 2, 3, 8)
+    layout = PrefixLayout((Group(0, 1, (2,)),))
+    attend = prefix_attention.shared_prefix_attention
+    with pytest.raises(NotImplementedError, match="`s_aux`"):
+        attend(module, tensor, tensor, tensor, layout, s_aux=torch.zeros(2))
+    with pytest.raises(NotImplementedError, match="dropout"):
+        attend(module, tensor, tensor, tensor, layout, dropout=0.1)
+    with pytest.raises(ValueError, match="3 tokens was announced"):
+        attend(module, tensor[:, :, :2], tensor, tensor, layout)
+    with pytest.raises(ValueError, match="'eager' cannot share prefixes"):
+        register("eager")
+
+
+def test_ordinary_forwards_and_padding_are_left_alone():
+    model = tiny_model("qwen3")
+    ids = torch.randint(3, 90, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = transformers.AutoModelForCausalLM.from_config(model.config)
+    expected.load_state_dict(model.state_dict())
+    with mock.patch.dict(
+        transformers.AttentionInterface._global_mapping,
+        {"sdpa": transformers.integrations.sdpa_attention.sdpa_attention_forward},
+    ):
+        wanted = expected.eval()(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
+
+
+# --- Generation
+
+
+@pytest.mark.parametrize("options", [{}, WINDOW], ids=["full", "window"])
+def test_generation_prefills_a_prompt_once_and_gives_the_same_tokens(options):
+    plain, shared = tiny_model("qwen3", **options), tiny_model("qwen3", **options)
+    share_prefill(shared)
+    prompt_ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0)).repeat_interleave(3, 0)
+    mask = torch.ones_like(prompt_ids)
+    mask[3:, :7] = 0
+    # A prompt may also come back further down
+    prompt_ids, mask = (torch.cat([tensor, tensor[:1]]) for tensor in (prompt_ids, mask))
+    batch_sizes = []
+    shared.model.register_forward_pre_hook(
+        lambda module, args, kwargs: batch_sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for do_sample in (False, True):
+        batch_sizes.clear()
+        outputs = []
+        for model in (plain, shared):
+            torch.manual_seed(0)
+            outputs.append(
+                model.generate(
+                    input_ids=prompt_ids,
+                    attention_mask=mask,
+                    max_new_tokens=12,
+                    do_sample=do_sample,
+                    eos_token_id=None,
+                )
+            )
+        assert torch.equal(*outputs)
+        assert batch_sizes[0] == (2, 20) and set(batch_sizes[1:]) == {(7, 1)}
+
+
+def test_other_ways_to_generate_are_left_alone():
+    plain, shared = tiny_model("qwen3"), tiny_model("qwen3")
+    share_prefill(shared)
+    prompt_ids = torch.randint(3, 90, (1, 20), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}):
+        arguments = {"input_ids": prompt_ids, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+        assert torch.equal(plain.generate(**arguments), shared.generate(**arguments)), options
+
+
+# --- Mixtures of experts
+
+
+def test_the_load_balancing_loss_is_that_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    logits = tuple(torch.randn(30, 4, generator=generator, requires_grad=True) for _ in range(3))
+    mask = (torch.rand(3, 10, generator=generator) > 0.3).long()
+    expected = load_balancing_loss_func(logits, 4, 2, mask)
+    got = load_balancing_loss(router_sums(logits, mask, 2))
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_packed_row_counts_the_router_as_the_plain_rows_do():
+    model, rollouts = tiny_model("qwen3_moe").double(), rollouts_of()
+    rollouts.completion_mask[2] = 0  # a row that is not scored is counted all the same
+    mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], 1)
+    with no_casts():
+        logits = model.model(
+            input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            output_router_logits=True,
+        ).router_logits
+        sums = rollouts.forward(model, shares_prefix=True, with_router=True).router_sums
+    expected = load_balancing_loss_func(tuple(layer.float() for layer in logits), 4, 2, mask).double()
+    torch.testing.assert_close(load_balancing_loss(sums), expected, rtol=1e-6, atol=0)
+
+
+def test_the_allow_lists_do_not_overlap():
+    assert not prefix.SLIDING_WINDOW_MODEL_TYPES & prefix.FULL_ATTENTION_MODEL_TYPES
