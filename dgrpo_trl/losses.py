@@ -312,17 +312,17 @@ class _TokenTermsFunction(torch.autograd.Function):
         *outputs, log_z, shared_log_z, teacher_log_z, backward_mean = (torch.cat(column) for column in columns)
         if sweep.teacher is None:
             outputs = outputs[:2]
+        # The head is kept as it is: what activation checkpointing hands back has lost its ties to ZeRO-3's partitions
         ctx.sweep = sweep
-        ctx.save_for_backward(
-            hidden_states, weight, bias, targets, outputs[1], log_z, shared_log_z, teacher_log_z, backward_mean
-        )
+        ctx.save_for_backward(hidden_states, targets, outputs[1], log_z, shared_log_z, teacher_log_z, backward_mean)
         ctx.mark_non_differentiable(*outputs[3:])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropies, grad_divergences=None, *_):
-        hidden_states, weight, bias, targets, *statistics = ctx.saved_tensors
-        sweep, inputs = ctx.sweep, (hidden_states, weight, bias)
+        hidden_states, targets, *statistics = ctx.saved_tensors
+        sweep = ctx.sweep
+        inputs = (hidden_states, sweep.policy.head.weight, sweep.policy.head.bias)
         grads = (grad_logps, grad_entropies, grad_divergences)
         with sweep.gathered(hidden_states.device.type):
             totals = [

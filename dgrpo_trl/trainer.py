@@ -1,6 +1,7 @@
 """`DGRPOTrainer`: TRL's `GRPOTrainer` with a teacher."""
 
 import functools
+import itertools
 import math
 import textwrap
 import time
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -434,6 +435,9 @@ class DGRPOTrainer(GRPOTrainer):
         parts = rollouts.split(
             batch_size or len(input_ids), self.args.max_tokens_per_micro_batch, self._shares_prefix, self.accelerator
         )
+        is_split = len(parts) > 1 and torch.is_grad_enabled()
+        if is_split:
+            model = self._entered_once(model)
         teacher_states = self._teacher_states
         teacher_head = None if teacher_states is None else self.teacher.head
         outputs = []
@@ -447,13 +451,24 @@ class DGRPOTrainer(GRPOTrainer):
                     self.args.distill_jsd_mixture,
                 )
             score = functools.partial(self._score, model, rollouts.select(rows), distillation, compute_aux_loss)
-            if len(parts) > 1 and torch.is_grad_enabled():
-                # The loss of the whole is needed for the gradient of a part, and two graphs at once may not fit
+            if is_split:
+                # The gradient of a part needs the loss of the whole, and the graphs of all parts may not fit
                 score = functools.partial(checkpoint, score, use_reentrant=False)
             outputs.append(score())
         self._scored = _concatenate(outputs, [len(rows) for rows in parts])  # read by `_compute_loss`
         aux_loss = load_balancing_loss(self._scored.router_sums) if compute_aux_loss else None
         return self._scored.logps, self._scored.entropies if compute_entropy else None, aux_loss
+
+    def _entered_once(self, model: nn.Module) -> Callable:
+        """`model`, for several forwards, and repetitions of them, before one backward.
+
+        Under ZeRO-3 every forward of the outermost module starts the record of what to fetch anew, which must not
+        happen before the backward has ended. The hooks that fetch sit on the modules within.
+        """
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return model
+        inner, calls = self.accelerator.unwrap_model(model), itertools.count()
+        return lambda **kwargs: (model if next(calls) == 0 else inner.forward)(**kwargs)
 
     def _score(
         self, model, rollouts: Rollouts, distillation: Distillation | None, with_router: bool

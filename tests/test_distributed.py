@@ -62,22 +62,27 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("engine", "loss_type"),
+    ("engine", "options"),
     [
-        ("ddp", "dapo"),
-        ("ddp", "grpo"),
-        ("cpu_fsdp2.yaml", "dapo"),
-        pytest.param("cpu_zero3.yaml", "dapo", marks=needs_deepspeed),
+        ("ddp", {"loss_type": "dapo"}),
+        ("ddp", {"loss_type": "grpo", "shared_prefix": "off"}),
+        ("ddp", {"max_tokens_per_micro_batch": 40}),
+        ("cpu_fsdp2.yaml", {"max_tokens_per_micro_batch": 40}),
+        pytest.param("cpu_zero3.yaml", {"shared_prefix": "on"}, marks=needs_deepspeed),
+        pytest.param("cpu_zero3.yaml", {"max_tokens_per_micro_batch": 40}, marks=needs_deepspeed),
     ],
+    ids=str,
 )
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, tokenizer, engine, loss_type):
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, tokenizer, engine, options):
     launcher = DDP if engine == "ddp" else accelerate(engine)
     for name, seed in (("student", 0), ("teacher", 1)):
         build_model(seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    common = {"loss_type": loss_type, "gradient_accumulation_steps": 2}
-    one, one_weights = launch(tmp_path, "one", ONE_PROCESS, per_device_train_batch_size=4, **common)
-    two, two_weights = launch(tmp_path, "two", launcher, per_device_train_batch_size=2, **common)
+    # One process runs every completion with its prompt, in whole micro-batches: the reference
+    reference = {**options, "shared_prefix": "off", "max_tokens_per_micro_batch": None}
+    common = {"gradient_accumulation_steps": 2}
+    one, one_weights = launch(tmp_path, "one", ONE_PROCESS, per_device_train_batch_size=4, **common, **reference)
+    two, two_weights = launch(tmp_path, "two", launcher, per_device_train_batch_size=2, **common, **options)
     for a, b in zip(one["log"][:-1], two["log"][:-1], strict=True):
         for metric in ("loss", "reward", "distill/loss", "distill/grpo_loss", "distill/divergence"):
             assert a[metric] == pytest.approx(b[metric], rel=1e-4, abs=1e-5), metric
