@@ -32,5 +32,6 @@ lint: $(INSTALLED)  ## Check style
 format: $(INSTALLED)  ## Mend style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## Measure time and memory of the loss
+bench: $(INSTALLED)  ## Measure time and memory of the loss and of the shared prefix
 	@$(BIN)/python scripts/benchmark_loss.py
+	@$(BIN)/python scripts/benchmark_prefix.py --figure benchmark_prefix.png

@@ -199,12 +199,12 @@ def share_prefill(model: PreTrainedModel) -> None:
     """
     original_prefill = model._prefill
 
-    def prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+    def prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache = model_kwargs.get("past_key_values")
         starts_empty = type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
         returns_more = generation_config.output_hidden_states or generation_config.output_attentions
         if not starts_empty or returns_more or model_kwargs.get("inputs_embeds") is not None:
-            return original_prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+            return original_prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         attention_mask = model_kwargs.get("attention_mask")
         keys = prompt_keys(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         groups = group_rows(keys)
@@ -216,7 +216,7 @@ def share_prefill(model: PreTrainedModel) -> None:
             else value
             for name, value in model_kwargs.items()
         }
-        outputs = original_prefill(input_ids[first_rows], generation_config, shared_kwargs, is_first_iteration)
+        outputs = original_prefill(input_ids[first_rows], generation_config, shared_kwargs, *args, **kwargs)
         group_of_row = torch.empty(batch_size, dtype=torch.long, device=input_ids.device)
         for group, rows in enumerate(groups):
             group_of_row[rows] = group

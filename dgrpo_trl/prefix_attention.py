@@ -573,6 +573,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
+@torch.compiler.disable  # one graph for each layout would be compiled
 def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,

@@ -347,7 +347,7 @@ class DGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
-        if not (self._shares_prefix and self._has_new_rollouts and self.model.training):
+        if not (self._shares_prefix and self._has_new_rollouts):
             return inputs
         self._has_new_rollouts = False
         self._buffered_inputs = _regroup(self._buffered_inputs)
@@ -355,7 +355,7 @@ class DGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = super()._generate_and_score_completions(inputs)
-        self._has_new_rollouts = True
+        self._has_new_rollouts = self.model.training
         if not self._distills:
             return rollouts
         if "pixel_values" in rollouts:

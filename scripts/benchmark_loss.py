@@ -120,6 +120,56 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def make_trainer(student, teacher, num_rows: int, device: str, **options):
+    """A `DGRPOTrainer`, or `GRPOTrainer` where there is no teacher, for micro-batches of `num_rows` given rollouts."""
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 100)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<end>")), eos_token="<end>", pad_token="<end>"
+    )
+    config_class, trainer_class = (GRPOConfig, GRPOTrainer) if teacher is None else (DGRPOConfig, DGRPOTrainer)
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_class(
+            folder,
+            per_device_train_batch_size=num_rows,
+            num_generations=max(2, num_rows),
+            generation_batch_size=max(2, num_rows),
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            report_to="none",
+            **options,
+        )
+        trainer = trainer_class(
+            student,
+            lambda completions, **_: [0.0] * len(completions),
+            config,
+            Dataset.from_dict({"prompt": ["w1"] * max(2, num_rows)}),
+            processing_class=tokenizer,
+            **({} if teacher is None else {"teacher_model": teacher}),
+        )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def make_rollouts(prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> dict:
+    """Rollouts as the trainer hands them to its loss; shapes `(B, P)` and `(B, T)`."""
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": torch.ones_like(completion_ids),
+        "advantages": torch.linspace(-1, 1, len(prompt_ids), device=prompt_ids.device),
+        "num_items_in_batch": torch.tensor(completion_ids.numel(), device=prompt_ids.device),
+    }
+
+
+def add_teacher(trainer, rollouts: dict, prompts: list[list[int]]) -> None:
+    """The teacher's forward over the rollouts, under `prompts`."""
+    rollouts["teacher_hidden_states"] = trainer.teacher.hidden_states(
+        prompts, rollouts["completion_ids"], rollouts["completion_mask"], 0, len(prompts)
+    )
+
+
 def measure_step(trainer_name: str, vocab_size: int, hidden_size: int, num_tokens: int, device: str) -> dict:
     """Peak MiB that the loss and backward of 4 completions add to a process that holds the student."""
     torch.manual_seed(0)
@@ -138,51 +188,20 @@ def measure_step(trainer_name: str, vocab_size: int, hidden_size: int, num_token
         )
         return Qwen3ForCausalLM(config)
 
-    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 100)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<end>")), eos_token="<end>", pad_token="<end>"
-    )
+    student = model()
+    before = peak_mib(device)
     is_ours = trainer_name == "DGRPOTrainer"
-    config_class, trainer_class = (DGRPOConfig, DGRPOTrainer) if is_ours else (GRPOConfig, GRPOTrainer)
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_class(
-            folder,
-            per_device_train_batch_size=num_rows,
-            num_generations=num_rows,
-            gradient_checkpointing=False,
-            bf16=device == "cuda",
-            use_cpu=device == "cpu",
-            report_to="none",
-        )
-        student = model()
-        before = peak_mib(device)
-        trainer = trainer_class(
-            student,
-            lambda completions, **_: [0.0] * len(completions),
-            config,
-            Dataset.from_dict({"prompt": ["w1"] * num_rows}),
-            processing_class=tokenizer,
-            **({"teacher_model": model()} if is_ours else {}),
-        )
+    # Without the shared prefix: what the loss alone takes
+    options = {"gradient_checkpointing": False, **({"shared_prefix": "off"} if is_ours else {})}
+    trainer = make_trainer(student, model() if is_ours else None, num_rows, device, **options)
     length = num_tokens // num_rows
     ids = torch.randint(1, vocab_size, (num_rows, prompt_length + length), device=device)
-    rollouts = {
-        "prompt_ids": ids[:, :prompt_length],
-        "prompt_mask": torch.ones_like(ids[:, :prompt_length]),
-        "completion_ids": ids[:, prompt_length:],
-        "completion_mask": torch.ones_like(ids[:, prompt_length:]),
-        "advantages": torch.linspace(-1, 1, num_rows, device=device),
-        "num_items_in_batch": torch.tensor(num_tokens, device=device),
-    }
+    rollouts = make_rollouts(ids[:, :prompt_length], ids[:, prompt_length:])
     teacher_must = 0.0
     if is_ours:
-        rollouts["teacher_hidden_states"] = trainer.teacher.hidden_states(
-            rollouts["prompt_ids"].tolist(), rollouts["completion_ids"], rollouts["completion_mask"], 0, num_rows
-        )
+        add_teacher(trainer, rollouts, rollouts["prompt_ids"].tolist())
         held = [*trainer.teacher_model.parameters(), rollouts["teacher_hidden_states"]]
         teacher_must = sum(x.numel() * x.element_size() for x in held) / 2**20
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(trainer.model, rollouts).backward()
     return {"MiB": peak_mib(device) - before, "teacher must": teacher_must}
 
