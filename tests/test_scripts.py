@@ -1,6 +1,8 @@
 """The command lines, run end to end on a tiny model: what they read, what they write, and that they resume."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,13 @@ def test_train_sft_learns_the_answers_and_keeps_literals_as_text(student, rows, 
 def test_train_sft_names_a_missing_column(student, rows, tmp_path):
     with pytest.raises(ValueError, match=r"no column \['response'\]"):
         run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_shared_prefix_prints_its_tables(tmp_path):
+    figure = tmp_path / "figure.png"
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_prefix.py"), "--lengths", "48x8"]
+    options = ["--num_generations", "2", "--repeats", "1", "--evidence_tokens", "8", "--figure", str(figure)]
+    output = subprocess.run(command + options, check=True, capture_output=True, text=True).stdout
+    assert output.count("| 48 | 8 |") == 3 and "1.75" in output  # the ideal ratio: 2 x 56 tokens against 64
+    assert figure.stat().st_size > 10_000
