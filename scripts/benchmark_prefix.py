@@ -238,7 +238,6 @@ def draw(rows: list[dict], num_rows: int, path: Path, title: str) -> None:
         values = [row["memory"][way] / 1024 for row in rows]
         right.bar([p + 0.2 * shift - 0.3 for p in places], values, 0.19, color=color, label=way)
     right.set_xticks(places, labels)
-    right.set_yscale("log")
     right.set_ylabel("peak GiB beyond models and gradients")
     right.set_title("Memory, with a teacher except for TRL")
     right.legend(fontsize=8)
