@@ -249,7 +249,9 @@ def draw(rows: list[dict], num_rows: int, path: Path, title: str) -> None:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = ["8192x1024", "32768x1024", "131072x1024"] if device == "cuda" else ["512x128", "2048x128", "2048x512"]
+    default = ["512x128", "2048x128", "2048x512", "8192x128"]
+    if device == "cuda":
+        default = ["8192x1024", "32768x1024", "131072x1024"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", default=default, metavar="PxC", help="prompt x completion tokens")
     parser.add_argument("--num_generations", type=int, default=8)
