@@ -282,10 +282,11 @@ class ExactnessCheck:
         tolerance (`float`):
             For the largest relative error of a state in float32.
         low_precision_tolerance (`float`):
-            For the mean relative error of the states in bfloat16 and float16.
+            For the mean relative error of a rollout's states in bfloat16 and float16. On SmolLM2-135M rounding alone
+            gives 0.01; completions that see each other, or positions that are not restarted, give 0.2 and more.
     """
 
-    def __init__(self, accelerator: Accelerator, tolerance: float = 1e-3, low_precision_tolerance: float = 0.2):
+    def __init__(self, accelerator: Accelerator, tolerance: float = 1e-3, low_precision_tolerance: float = 0.05):
         self.accelerator = accelerator
         self.tolerance = tolerance
         self.low_precision_tolerance = low_precision_tolerance
@@ -327,7 +328,13 @@ class ExactnessCheck:
         shared = states(*pair, True)
         errors = (shared.float() - plain.float()).norm(dim=-1) / plain.float().norm(dim=-1)
         is_low = plain.dtype in (torch.bfloat16, torch.float16) or self.accelerator.mixed_precision in ("bf16", "fp16")
-        error = 0.0 if len(errors) == 0 else (errors.mean() if is_low else errors.max()).item()
+        if len(errors) == 0:
+            error = 0.0
+        elif is_low:  # the first completion is right whatever the second one sees
+            lengths = [len(completion) for completion in pair[1]]
+            error = torch.stack([part.mean() for part in errors.split(lengths)]).max().item()
+        else:
+            error = errors.max().item()
         self.error = self._maximum(error)
         return self.error <= (self.low_precision_tolerance if is_low else self.tolerance)  # not for NaN
 

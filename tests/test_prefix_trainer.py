@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from trl import GRPOTrainer, TrlParser
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, prefix
 from dgrpo_trl.losses import LOSS_TYPES
-from dgrpo_trl.prefix_attention import MathKernel
+from dgrpo_trl.prefix_attention import Group, MathKernel, PrefixLayout
 from dgrpo_trl.rollouts import Rollouts
 
 
@@ -418,10 +419,27 @@ def test_the_comparison_waits_for_two_rollouts_of_a_prompt_and_for_twice_the_len
 
 
 def test_the_comparison_fails_for_nan(make_trainer):
-    check = make_trainer(DGRPOTrainer, distill_coef=0.0)._student_check
-    assert not check.passes(
-        [[1]] * 2, [[2]] * 2, lambda prompts, completions, _: torch.full((len(prompts), 4), torch.nan)
-    )
+    for bf16 in (False, True):
+        check = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=bf16)._student_check
+        states = torch.ones(2, 4)
+        states[1] = torch.nan
+        assert not check.passes([[1]] * 2, [[2]] * 2, lambda prompts, *_, states=states: states[-len(prompts) :])
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["right", "completions see each other"])
+def test_the_comparison_tells_wrong_from_rounded_in_bfloat16(make_trainer, monkeypatch, breaks):
+    def one_branch(*args, original=prefix.pack, **kwargs):
+        packed = original(*args, **kwargs)
+        groups = (Group(g.start, g.prefix_length, (sum(g.branch_lengths),)) for g in packed.layout.groups)
+        return replace(packed, layout=PrefixLayout(tuple(groups)))
+
+    if breaks:
+        monkeypatch.setattr("dgrpo_trl.rollouts.pack", one_branch)
+    trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=True)
+    trainer.train()
+    assert trainer._shares_prefix is not breaks
+    error, tolerance = trainer._student_check.error, trainer._student_check.low_precision_tolerance
+    assert error > tolerance if breaks else 0 < error < tolerance / 5
 
 
 def test_lora_dropout_does_not_disturb_the_comparison(make_trainer, make_model):
