@@ -34,4 +34,4 @@ format: $(INSTALLED)  ## Mend style
 
 bench: $(INSTALLED)  ## Measure time and memory of the loss and of the shared prefix
 	@$(BIN)/python scripts/benchmark_loss.py
-	@$(BIN)/python scripts/benchmark_prefix.py --figure benchmark_prefix.png
+	@$(BIN)/python scripts/benchmark_prefix.py --figure outputs/benchmark_prefix.png

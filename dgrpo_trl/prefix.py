@@ -16,38 +16,12 @@ from .prefix_attention import Group, PrefixLayout
 # ones with sliding-window layers as well. Others may be exact too, or silently wrong: linear attention, convolutions
 # and chunks take the row for one text, and some families (qwen2_moe) keep their window in the mask alone.
 SLIDING_WINDOW_MODEL_TYPES = frozenset(
-    {
-        *(
-            "cohere2",
-            "cwm",
-            "exaone4",
-            "gemma3_text",
-            "ministral",
-            "ministral3",
-            "mistral",
-            "mixtral",
-            "olmo3",
-            "phi3",
-        ),
-        *("qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
-    }
+    "cohere2 cwm exaone4 gemma3_text ministral ministral3 mistral mixtral olmo3 phi3 qwen2 qwen3 qwen3_moe smollm3 "
+    "starcoder2".split()
 )
 FULL_ATTENTION_MODEL_TYPES = frozenset(
-    {
-        *("apertus", "arcee", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5", "gemma", "glm", "glm4", "glm4_moe"),
-        *(
-            "gpt_neox",
-            "granite",
-            "granitemoe",
-            "helium",
-            "hunyuan_v1_dense",
-            "llama",
-            "minicpm3",
-            "minimax_m2",
-            "olmo",
-        ),
-        *("olmo2", "olmoe", "phi", "qwen2_moe", "seed_oss"),
-    }
+    "apertus arcee cohere deepseek_v2 deepseek_v3 ernie4_5 gemma glm glm4 glm4_moe gpt_neox granite granitemoe helium "
+    "hunyuan_v1_dense llama minicpm3 minimax_m2 olmo olmo2 olmoe phi qwen2_moe seed_oss".split()
 )
 
 
@@ -112,10 +86,14 @@ def group_rows(keys: Sequence[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor) -> list[bytes]:
-    """One key a row, the same for the same prompt; both tensors are of shape `(B, P)`, padded on the left."""
-    pairs = zip(prompt_ids.cpu(), prompt_mask.bool().cpu(), strict=True)
-    return [ids[mask].numpy().tobytes() for ids, mask in pairs]
+def unpadded(input_ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """The rows of a padded batch without their padding, 1D, on the CPU; both tensors are of shape `(B, L)`."""
+    return [ids[row] for ids, row in zip(input_ids.cpu(), mask.bool().cpu(), strict=True)]
+
+
+def prompt_keys(prompts: Sequence[Tensor]) -> list[bytes]:
+    """One key a prompt, the same for the same prompt; `prompts` are 1D, on the CPU."""
+    return [prompt.numpy().tobytes() for prompt in prompts]
 
 
 def pack(
@@ -149,7 +127,7 @@ def pack(
     completions = completion_ids.cpu()
     ids, positions, weights, groups = [], [], [], []
     starts, row_end = [0] * len(prompts), 0
-    for rows in group_rows([prompt.numpy().tobytes() for prompt in prompts]):
+    for rows in group_rows(prompt_keys(prompts)):
         rows = [i for i in rows if whole_rows or completion_lengths[i] > 0]
         if not rows:
             continue
@@ -206,9 +184,9 @@ def share_prefill(model: PreTrainedModel) -> None:
         if not starts_empty or returns_more or model_kwargs.get("inputs_embeds") is not None:
             return original_prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         attention_mask = model_kwargs.get("attention_mask")
-        keys = prompt_keys(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-        groups = group_rows(keys)
-        batch_size = len(keys)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        groups = group_rows(prompt_keys(unpadded(input_ids, mask)))
+        batch_size = len(input_ids)
         first_rows = torch.tensor([rows[0] for rows in groups], device=input_ids.device)
         shared_kwargs = {
             name: value[first_rows]

@@ -12,7 +12,7 @@ each forward's own arguments, because gradient checkpointing repeats a forward w
 """
 
 import functools
-import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
@@ -497,7 +497,8 @@ def choose_kernel(backend: str, device: torch.device, dtype: torch.dtype, head_d
             reasons.append(f"{name}: {type(error).__name__}: {error}")
             continue
         skipped = f" (not {'; not '.join(reasons)})" if reasons else ""
-        logger.info(f"Shared prefix: attention by {type(kernel).__name__} for {dtype} on {device.type}{skipped}")
+        log = logger.warning if reasons else logger.info
+        log(f"Shared prefix: attention by {type(kernel).__name__} for {dtype} on {device.type}{skipped}")
         return kernel
     raise ValueError(
         f"`shared_prefix_backend` is {backend!r}, which cannot be used for {dtype} on {device.type} with heads of "

@@ -10,7 +10,7 @@ from trl.trainer.utils import pad
 
 from .heads import CompletionOutput, CompletionScoring
 from .losses import Distillation
-from .prefix import pack, split_by_tokens
+from .prefix import pack, prompt_keys, split_by_tokens, unpadded
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Rollouts:
     @functools.cached_property
     def prompts(self) -> list[Tensor]:
         """The prompts without padding, on the CPU."""
-        pairs = zip(self.prompt_ids.cpu(), self.prompt_mask.bool().cpu(), strict=True)
-        return [ids[mask] for ids, mask in pairs]
+        return unpadded(self.prompt_ids, self.prompt_mask)
 
     @functools.cached_property
     def completion_lengths(self) -> list[int]:
@@ -87,7 +86,7 @@ class Rollouts:
         parts = split_by_tokens(
             [len(prompt) for prompt in self.prompts],
             self.completion_lengths,
-            [prompt.numpy().tobytes() for prompt in self.prompts],
+            prompt_keys(self.prompts),
             max_rows,
             max_tokens,
             None if shares_prefix else self.prompt_ids.size(1) + self.completion_ids.size(1),

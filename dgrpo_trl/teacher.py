@@ -279,6 +279,13 @@ class Teacher:
         """Ids that the teacher can read."""
         return base_model(self.accelerator.unwrap_model(self.model)).config.get_text_config().vocab_size
 
+    def readable(self, completion_ids: Tensor, pad_token_id: int) -> Tensor:
+        """`completion_ids` with padding for the ids that the teacher does not have.
+
+        A student with the larger head may sample one of its padding rows: an id that stands for no string at all.
+        """
+        return completion_ids.masked_fill(completion_ids >= self.vocab_size, pad_token_id)
+
     @contextmanager
     def _as_teacher(self) -> Iterator[nn.Module]:
         """The unwrapped teacher; the student, where it is its own teacher, with its adapter off and in eval mode."""
@@ -325,8 +332,7 @@ class Teacher:
         Returns:
             `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient; 0 where the mask is 0.
         """
-        # A student with the larger head may sample one of its padding rows: an id that stands for no string at all
-        completion_ids = completion_ids.masked_fill(completion_ids >= self.vocab_size, pad_token_id)
+        completion_ids = self.readable(completion_ids, pad_token_id)
         rollouts = Rollouts.from_prompts(prompts, completion_ids, completion_mask, pad_token_id)
         with self._as_teacher():
             parts = rollouts.split(batch_size, max_tokens, self.shares_prefix, self.accelerator)

@@ -24,7 +24,7 @@ from .config import DGRPOConfig
 from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
 from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
 from .losses import Distillation, aggregate
-from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill
+from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
 from .prefix_attention import register
 from .rollouts import Rollouts
 from .teacher import (
@@ -383,19 +383,15 @@ class DGRPOTrainer(GRPOTrainer):
         if self.teacher.is_base:
             self.teacher.shares_prefix = self._shares_prefix
             return
-        vocab_size, pad_token_id = self.teacher.vocab_size, self._tokenizer.pad_token_id
-        completions = [
-            ids[: mask.sum()].masked_fill(ids[: mask.sum()] >= vocab_size, pad_token_id).tolist()
-            for ids, mask in zip(rollouts["completion_ids"], rollouts["completion_mask"], strict=True)
-        ]
+        ids = self.teacher.readable(rollouts["completion_ids"], self._tokenizer.pad_token_id)
+        completions = [row.tolist() for row in unpadded(ids, rollouts["completion_mask"])]
         self.teacher.shares_prefix = self._keeps_sharing(
             self._teacher_check, self.teacher.model, "the teacher", prompt_ids, completions
         )
 
     def _teacher_prompt_ids(self, inputs: list[dict[str, Any]], rollouts: dict[str, Any]) -> list[list[int]]:
         """What the teacher reads before each completion: the row's own teacher prompt, else the student's prompt."""
-        pairs = zip(rollouts["prompt_ids"], rollouts["prompt_mask"], strict=True)
-        prompt_ids = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        prompt_ids = [ids.tolist() for ids in unpadded(rollouts["prompt_ids"], rollouts["prompt_mask"])]
         column = self.args.teacher_prompt_column
         rows = [] if column is None else [i for i, row in enumerate(inputs) if row.get(column) is not None]
         if rows:
@@ -584,7 +580,7 @@ def _regroup(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
             whole[name] = value
         else:
             whole[name] = torch.cat([micro_batch[name] for micro_batch in micro_batches])
-    groups = group_rows(prompt_keys(whole["prompt_ids"], whole["prompt_mask"]))
+    groups = group_rows(prompt_keys(unpadded(whole["prompt_ids"], whole["prompt_mask"])))
     order = torch.tensor([i for rows in groups for i in rows])
     for name, value in whole.items():
         if isinstance(value, list):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_model
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from test_trainer import LORA, generation_batch, loss_and_gradients, rollouts_of, weights
 from trl import GRPOTrainer, TrlParser
 
@@ -363,10 +363,16 @@ def test_eager_attention_is_not_shared(make_trainer, make_model, seen_logs):
         make_trainer(DGRPOTrainer, model, distill_coef=0.0, shared_prefix="on")
 
 
+def test_prompt_tuning_is_not_shared(make_trainer, seen_logs):
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert not make_trainer(DGRPOTrainer, distill_coef=0.0, peft_config=adapter)._shares_prefix
+    assert "off for the student: its adapter puts virtual tokens before the prompt" in seen_logs.text
+
+
 def test_off_leaves_the_parents_forward_alone(make_trainer):
     trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, shared_prefix="off")
     assert not trainer._scores
-    assert not hasattr(trainer.model._prefill, "__wrapped__") and "_prefill" not in vars(trainer.model)
+    assert "_prefill" not in vars(trainer.model)
 
 
 def windowed_experts(seed=0):
