@@ -5,8 +5,9 @@ arXiv 2605.12227 adds to the GRPO objective, at every token `t` that the policy 
     distill_coef * KL(policy(. | prompt, completion_<t) || teacher(. | prompt, completion_<t))
 
 over the whole vocabulary. Neither model's logits are ever held: the hidden states of the completion tokens are
-projected on `TILE_TOKENS x TILE_VOCAB` tiles, each tile is folded into running softmax statistics, and the backward
-recomputes the tiles. Statistics and gradients are accumulated in float32 (float64 for float64 inputs).
+projected on tiles of `TILE_TOKENS` tokens and `TILE_VOCAB` ids, each tile is folded into running softmax statistics,
+and the backward recomputes the tiles. Statistics and gradients are accumulated in float32 (float64 for float64
+inputs).
 """
 
 import math
@@ -23,8 +24,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
-# A float32 tile takes 32 MiB and about six are alive at once, whatever the batch, the length and the vocabulary
-TILE_TOKENS = 1024
+# About six tiles are alive at once, whatever the batch, the length and the vocabulary: 32 MiB each in float32 on an
+# accelerator. A CPU is as fast with small ones, and a micro-batch that fits in memory must not grow by its LM head.
+TILE_TOKENS = {"cpu": 128, "accelerator": 1024}
 TILE_VOCAB = 8192
 
 
@@ -291,8 +293,10 @@ class _Sweep:
                 yield slice(first, min(first + TILE_VOCAB, stop)), is_shared
 
 
-def _row_tiles(num_rows: int) -> list[slice]:
-    return [slice(start, min(start + TILE_TOKENS, num_rows)) for start in range(0, num_rows, TILE_TOKENS)]
+def _row_tiles(hidden_states: Tensor) -> list[slice]:
+    size = TILE_TOKENS["cpu" if hidden_states.device.type == "cpu" else "accelerator"]
+    num_rows = hidden_states.size(0)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 class _TokenTermsFunction(torch.autograd.Function):
@@ -305,7 +309,7 @@ class _TokenTermsFunction(torch.autograd.Function):
                 _forward_rows(
                     sweep, hidden_states[rows], targets[rows], None if teacher_states is None else teacher_states[rows]
                 )
-                for rows in _row_tiles(targets.size(0))
+                for rows in _row_tiles(hidden_states)
             ]
         # Without a row there is no tile either: every output is then empty
         columns = zip(*tiles, strict=True) if tiles else [[hidden_states.new_zeros(0, dtype=sweep.policy.dtype)]] * 9
@@ -329,7 +333,7 @@ class _TokenTermsFunction(torch.autograd.Function):
                 torch.zeros(x.shape, device=x.device, dtype=sweep.policy.dtype) if needed else None
                 for x, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
             ]
-            for rows in _row_tiles(targets.size(0)):
+            for rows in _row_tiles(hidden_states):
                 _backward_rows(
                     sweep,
                     rows,

@@ -16,7 +16,7 @@ N, V, H, H_TEACHER = 7, 50, 6, 9
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles both ways, with a ragged last one."""
-    monkeypatch.setattr(losses, "TILE_TOKENS", 3)
+    monkeypatch.setattr(losses, "TILE_TOKENS", {"cpu": 3, "accelerator": 3})
     monkeypatch.setattr(losses, "TILE_VOCAB", 16)
 
 
