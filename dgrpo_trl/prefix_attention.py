@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.integrations import hub_kernels
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from transformers.utils import is_kernels_available
 
 
@@ -400,27 +402,50 @@ class FlashAttention3Kernel(_VarlenKernel):
         return gradients
 
 
-def _flash_module(package: str, kernel: str) -> ModuleType:
+# The modules that hold the raw kernels
+_FLASH_PACKAGES = {
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_2": "flash_attn.flash_attn_interface",
+}
+
+
+def _flash_module(backend: str) -> ModuleType:
     """The module that holds a flash package's raw kernels.
 
     Raises:
         ImportError: If neither the package nor the kernel's repository is at hand.
     """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(_FLASH_PACKAGES[backend])
     except ImportError:
         if not is_kernels_available():
             raise
-    from transformers.integrations.hub_kernels import get_kernel
+    repo_id = FLASH_ATTN_KERNEL_FALLBACK[backend]
+    kernel = hub_kernels.get_kernel(repo_id, version=hub_kernels.get_attn_kernel_version(repo_id))
+    return sys.modules[kernel.flash_attn_varlen_func.__module__]
 
-    return sys.modules[get_kernel(kernel).flash_attn_varlen_func.__module__]
+
+def _is_at_hand(backend: str) -> bool:
+    """Whether a flash package is installed, or its code lies in the cache of `kernels`: nothing is downloaded here."""
+    if importlib.util.find_spec(_FLASH_PACKAGES[backend].split(".")[0]):
+        return True
+    if not is_kernels_available():
+        return False
+    from kernels import install_kernel  # of its releases, only those that transformers accepts are known to have it
+
+    repo_id = FLASH_ATTN_KERNEL_FALLBACK[backend]
+    try:
+        install_kernel(repo_id, version=hub_kernels.get_attn_kernel_version(repo_id), local_files_only=True)
+    except (FileNotFoundError, ValueError):  # no build of it for this system, or no such version, in the cache
+        return False
+    return True
 
 
 def _make_kernel(backend: str, device_type: str) -> Kernel:
     if backend == "flash_attention_3":
-        return FlashAttention3Kernel(_flash_module("flash_attn_interface", "kernels-community/vllm-flash-attn3"))
+        return FlashAttention3Kernel(_flash_module(backend))
     if backend == "flash_attention_2":
-        return FlashAttention2Kernel(_flash_module("flash_attn.flash_attn_interface", "kernels-community/flash-attn2"))
+        return FlashAttention2Kernel(_flash_module(backend))
     if backend == "torch":
         return TorchCPUKernel() if device_type == "cpu" else TorchFlashKernel()
     return MathKernel()
@@ -432,12 +457,9 @@ def _candidates(device: torch.device, dtype: torch.dtype, head_dim: int) -> list
         return ["torch", "math"]
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
         return ["math"]
-    installed = []
-    if torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
-        installed.append("flash_attention_3")
-    if importlib.util.find_spec("flash_attn"):
-        installed.append("flash_attention_2")
-    return [*installed, "torch", "math"]
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    flash = ["flash_attention_3", "flash_attention_2"] if is_hopper else ["flash_attention_2"]
+    return [*filter(_is_at_hand, flash), "torch", "math"]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Packed rows against plain ones: attention, every allowed model type, values and gradients; controls that fail."""
 
 import contextlib
+import sys
 import types
 from unittest import mock
 
@@ -237,6 +238,45 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
 def test_a_backend_that_is_not_installed_is_named():
     with pytest.raises(ValueError, match="`shared_prefix_backend` is 'flash_attention_2'.*flash_attn"):
         choose_kernel("flash_attention_2", CPU, torch.float32, 8)
+
+
+@pytest.fixture
+def kernels_package(monkeypatch):
+    """A stand-in for the package `kernels`: FlashAttention 2 is in its cache, version 3 is not."""
+    calls = []
+
+    def install_kernel(repo_id, *, version, local_files_only):
+        calls.append((repo_id, version, local_files_only))
+        if "flash-attn2" not in repo_id:
+            raise FileNotFoundError(repo_id)
+
+    def get_kernel(repo_id, version):
+        calls.append((repo_id, version))
+        return types.SimpleNamespace(flash_attn_varlen_func=reference_attention_function)
+
+    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(install_kernel=install_kernel))
+    monkeypatch.setattr(prefix_attention, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(prefix_attention.hub_kernels, "get_kernel", get_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return calls
+
+
+def reference_attention_function():
+    """Only its module is looked at."""
+
+
+def test_auto_takes_flash_attention_from_the_cache_of_kernels(kernels_package):
+    candidates = prefix_attention._candidates(torch.device("cuda", 0), torch.bfloat16, 64)
+    assert candidates == ["flash_attention_2", "torch", "math"]
+    assert all(local_files_only for *_, local_files_only in kernels_package)  # choosing downloads nothing
+    assert isinstance(kernels_package[-1][1], int)  # `kernels` refuses a repository without its version
+
+
+def test_flash_attention_from_kernels_is_asked_for_by_version(kernels_package):
+    module = prefix_attention._flash_module("flash_attention_2")
+    assert module is sys.modules[__name__]
+    ((repo_id, version),) = kernels_package
+    assert "flash-attn2" in repo_id and isinstance(version, int)
 
 
 def test_the_cpu_uses_pytorchs_kernel():
