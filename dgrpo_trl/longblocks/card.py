@@ -1,0 +1,448 @@
+"""The data set's card: what is in it, where it comes from, what was left out, and what nobody has checked."""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .records import Drop, StrictModel
+
+
+FIGURE = "assets/document_lengths.png"
+# Longer tables end in a line that says how many rows are left out
+_MAX_TABLE_ROWS = 40
+_PACKAGES = ("dgrpo-trl", "datasets", "huggingface_hub", "pyarrow", "tokenizers")
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+
+# From the most lenient to the strictest; within a tier none is stricter than another
+_PUBLIC_DOMAIN, _PERMISSIVE, _ATTRIBUTION, _SHARE_ALIKE, _RESTRICTED, _UNKNOWN = range(6)
+_TIERS = (
+    (_RESTRICTED, r"cc-by-n[cd]|non-?commercial|no-(re)?distribution|no-derivatives"),
+    (_SHARE_ALIKE, r"cc-by-sa|gfdl|\b[al]?gpl|\bmpl"),
+    (_ATTRIBUTION, r"cc-by|odc-by"),
+    (_PERMISSIVE, r"\bmit\b|apache|\bbsd|\bisc\b|\bpsf|python-software-foundation"),
+    (_PUBLIC_DOMAIN, r"cc-?0|publicdomain|public-domain|unlicense|\bpddl"),
+)
+_HUB_IDS = (
+    r"cc-by(?:-(?:nc|nd|sa))*-\d\.\d|odc-by|gfdl|[al]?gpl-\d\.\d|mpl-\d\.\d|mit\b|apache-2\.0|bsd-[23]-clause|"
+    r"\bisc\b|cc0-1\.0|unlicense|pddl"
+)
+
+
+class CardConfig(StrictModel):
+    """What the card says that the rows do not show."""
+
+    pretty_name: str = Field(default="LongBlocks", description="Title of the card.")
+    summary: str = Field(default="", description="Markdown below the title: what this set was built for.")
+    license: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9][a-z0-9.-]*$",
+        description="Licence of the set, as an identifier of the Hub. By default the strictest among its documents', "
+        "and `other` where that is not one licence, or where the licence of a document is not known.",
+    )
+    tags: tuple[str, ...] = Field(default=("long-context", "synthetic"), description="Tags on the Hub.")
+    task_categories: tuple[str, ...] = Field(
+        default=("question-answering", "text-generation"), description="Task categories on the Hub."
+    )
+
+
+@dataclass
+class Statistics:
+    """What the card counts, in one pass over the rows; its size does not grow with their number.
+
+    Lengths are counted in bins that double: below 1,024 tokens, up to 2,048, and so on.
+    """
+
+    num_rows: int = 0
+    num_without_document: int = 0
+    sources: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    licenses: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+    evidence_blocks: Counter[int] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
+    length_bins: Counter[int] = field(default_factory=Counter)
+    num_tokens: int = 0
+    checks: dict[str, Counter[str]] = field(default_factory=dict)
+    drops: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, record: Mapping[str, Any], num_tokens: int | None = None, license: str | None = None) -> None:
+        """Counts a row.
+
+        Args:
+            record (`Mapping`):
+                Row of the data set, see [`publish.published_record`].
+            num_tokens (`int`, *optional*):
+                Length of its document in tokens; `None` where it is not known.
+            license (`str`, *optional*):
+                Licence of its document; `None` where it is not known.
+        """
+        self.num_rows += 1
+        self.num_without_document += record["document"] is None
+        self.sources[record["source"]] += 1
+        self.languages[record["language"]] += 1
+        self.tasks[record["task"]] += 1
+        self.licenses[record["source"], license] += 1
+        self.evidence_blocks[len(record["evidence"])] += 1
+        self.responses.update(n for n in record if n.startswith("response_") and record[n] is not None)
+        if num_tokens is not None:
+            self.length_bins[(num_tokens >> 10).bit_length()] += 1
+            self.num_tokens += num_tokens
+        for check in record["checks"]:
+            counts = self.checks.setdefault(check["name"], Counter())
+            counts.update({"rows": 1, "passed": int(check["passed"]), "score": check["score"]})
+
+    def add_drop(self, drop: Drop) -> None:
+        """Counts something that was left out."""
+        self.drops[drop.stage, drop.reason] += 1
+
+
+def hub_license(licenses: Iterable[str | None]) -> str:
+    """The strictest of some licences as an identifier of the Hub; `"other"` if no single known one is.
+
+    Args:
+        licenses (`Iterable[str]`):
+            Licences as sources write them: names, SPDX identifiers, addresses of Creative Commons. `None`: not known.
+
+    Returns:
+        `str`: of several versions of CC BY-SA, the latest, to which the earlier ones may be taken.
+    """
+    texts = {_normalise_license(license or "") for license in licenses}
+    tiers = {text: next((tier for tier, p in _TIERS if re.search(p, text)), _UNKNOWN) for text in texts}
+    strictest = [text for text, tier in tiers.items() if tier == max(tiers.values())]
+    found = {match[0] if (match := re.search(_HUB_IDS, text)) else "other" for text in strictest}
+    if all(name.startswith("cc-by-sa-") for name in found):
+        return max(found, default="other")
+    return found.pop() if len(found) == 1 else "other"
+
+
+def _normalise_license(text: str) -> str:
+    text = re.sub(r"(?:https?://)?(?:www\.)?creativecommons\.org/licenses/", "cc-", text.lower())
+    text = re.sub(r"creative commons[\s-]+zero", "cc0", text)
+    return re.sub(r"[\s/_]+", "-", text)
+
+
+def draw_lengths(statistics: Statistics, path: Path) -> None:
+    """Writes the histogram of document lengths as a PNG file.
+
+    Args:
+        statistics ([`Statistics`]):
+            The counts.
+        path (`Path`):
+            File to write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "The card's figure needs `matplotlib`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+        ) from error
+    bins = range(min(statistics.length_bins), max(statistics.length_bins) + 1)
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar([_bin_label(index) for index in bins], [statistics.length_bins[index] for index in bins])
+    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.set_xlabel("Length of the document (tokens; 1K is 1,024)")
+    axes.set_ylabel("Rows")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+
+
+def _bin_label(index: int) -> str:
+    return "< 1K" if index == 0 else f"{2 ** (index - 1)}K to {2**index}K"
+
+
+def write_card(folder: Path, statistics: Statistics, config: CardConfig, **context: Any) -> Path:
+    """Writes `README.md`, and the figure beside it where lengths are known.
+
+    Args:
+        folder (`Path`):
+            Folder of the data set.
+        statistics, config, context:
+            As for [`render_card`].
+
+    Returns:
+        `Path`: the card.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if statistics.length_bins:
+        draw_lengths(statistics, folder / FIGURE)
+    path = folder / "README.md"
+    path.write_text(render_card(statistics, config, **context), encoding="utf-8")
+    return path
+
+
+def render_card(
+    statistics: Statistics,
+    config: CardConfig,
+    *,
+    recipe: str,
+    fingerprint: str,
+    command: str,
+    engine: Literal["rule", "llm"],
+    models: Mapping[str, str] | None = None,
+    tokenizer: str | None = None,
+    evaluation_sets: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The card as text: metadata of the Hub, tables, what was checked and what was not, and how to build it again.
+
+    Names that come from the sources cannot break out of their place: neither Markdown nor HTML in them has an effect.
+
+    Args:
+        statistics ([`Statistics`]):
+            What the rows are.
+        config ([`CardConfig`]):
+            What they do not show.
+        recipe (`str`):
+            The configuration of the build, verbatim; it must hold no secret.
+        fingerprint (`str`):
+            Names the configuration.
+        command (`str`):
+            Shell command that builds the set from the recipe.
+        engine (`str`):
+            Who wrote the questions: `"rule"` or `"llm"`.
+        models (`Mapping[str, str]`, *optional*):
+            Models that were asked, by what for.
+        tokenizer (`str`, *optional*):
+            What lengths were counted with.
+        evaluation_sets (`Sequence[str]`, *optional*):
+            Sets whose questions were looked for in the rows.
+        versions (`Mapping[str, str]`, *optional*):
+            Versions of packages; by default those installed.
+
+    Returns:
+        `str`
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    license = config.license or hub_license(license for _, license in statistics.licenses)
+    languages = sorted(name for name in statistics.languages if re.fullmatch(r"[a-z]{2,3}", name or ""))
+    data = DatasetCardData(
+        pretty_name=config.pretty_name,
+        language=languages or None,
+        license=license,
+        license_name="see-card" if license == "other" else None,
+        size_categories=[next((name for limit, name in _SIZES if statistics.num_rows < limit), "10M<n<100M")],
+        task_categories=list(config.task_categories),
+        tags=list(config.tags),
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    )
+    versions = _installed_versions() if versions is None else versions
+    card = DatasetCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=_text(config.pretty_name),
+        summary=config.summary,
+        rows=f"{statistics.num_rows:,}",
+        engine=engine,
+        counts=_count_tables(statistics),
+        lengths=_lengths(statistics, tokenizer),
+        figure=FIGURE if statistics.length_bins else None,
+        checks=_checks_table(statistics),
+        drops=_table(("stage", "reason", "left out"), _counted(statistics.drops)),
+        set_license=license,
+        licenses=_table(("source", "licence of the documents", "rows"), _counted(statistics.licenses)),
+        num_without_document=f"{statistics.num_without_document:,}" if statistics.num_without_document else None,
+        models=_table(("for", "model"), sorted((models or {}).items())),
+        evaluation_sets=", ".join(_text(name) for name in evaluation_sets),
+        fingerprint=_text(fingerprint),
+        command=_fenced(command, "bash"),
+        recipe=_fenced(recipe, "yaml"),
+        versions=", ".join(_text(f"{name}=={version}") for name, version in versions.items()),
+    )
+    return card.content + "\n"
+
+
+def _installed_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _count_tables(statistics: Statistics) -> str:
+    tables = [
+        ("source", statistics.sources),
+        ("language", statistics.languages),
+        ("task", statistics.tasks),
+        ("evidence blocks", statistics.evidence_blocks),
+        ("responses", statistics.responses),
+    ]
+    return "\n\n".join(_table((name, "rows"), _counted(counts)) for name, counts in tables if counts)
+
+
+def _lengths(statistics: Statistics, tokenizer: str | None) -> str:
+    known = statistics.length_bins.total()
+    if not known:
+        return "The lengths of the documents were not counted."
+    bins = sorted(statistics.length_bins.items())
+    unknown = statistics.num_rows - known
+    mean = f"On average a document has {statistics.num_tokens / known:,.0f} tokens"
+    counted = f", counted with {_text(tokenizer)}" if tokenizer else ""
+    left = f" Of {unknown:,} rows the length is not known." if unknown else ""
+    rows = ((_bin_label(index), count, f"{count / known:.1%}") for index, count in bins)
+    return f"{mean}{counted}.{left}\n\n{_table(('tokens', 'rows', 'share'), rows)}"
+
+
+def _checks_table(statistics: Statistics) -> str:
+    header = ("check", "rows checked", "passed", "mean score")
+    rows = ((n, c["rows"], c["passed"], f"{c['score'] / c['rows']:.3f}") for n, c in sorted(statistics.checks.items()))
+    return _table(header, rows)
+
+
+def _counted(counts: Counter) -> list[tuple]:
+    """Rows of a table, the most frequent first; equal ones by name, so that the same set has the same card."""
+    rows = [(*(name if isinstance(name, tuple) else (name,)), count) for name, count in counts.items()]
+    return sorted(rows, key=lambda row: (-row[-1], [str(value) for value in row]))
+
+
+def _table(header: Sequence[str], rows: Iterable[Collection[Any]]) -> str:
+    """A table of Markdown; empty without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    numeric = [isinstance(value, int) for value in rows[0]]
+    lines = [header, ["---:" if is_number else "---" for is_number in numeric]]
+    lines += [[_text(value) for value in row] for row in rows[:_MAX_TABLE_ROWS]]
+    if len(rows) > _MAX_TABLE_ROWS:
+        lines.append([f"and {len(rows) - _MAX_TABLE_ROWS:,} more", *[""] * (len(header) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(value: Any) -> str:
+    """A value as text that Markdown and HTML leave alone."""
+    if value is None:
+        return "not known"
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    text = " ".join(text.split())
+    if re.fullmatch(r"(?!(?i:.*www\.))[A-Za-z0-9][A-Za-z0-9_./=-]*", text):
+        return f"`{text}`" if "_" in text or "=" in text or "/" in text else text
+    text = re.sub(r"[\\`*_{}\[\]()#+!|~$:@]", lambda match: f"&#{ord(match[0])};", html.escape(text))
+    return re.sub(r"(?i)(www)\.", r"\1&#46;", text)
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ rows }} questions on long documents, with the answers and the blocks of the document that each answer rests on, \
+built with `dgrpo-trl` in the form of [LongBlocks](https://huggingface.co/datasets/utter-project/LongBlocks).
+{% if summary %}
+{{ summary }}
+{% endif %}
+## Contents
+
+{{ counts }}
+
+## Lengths
+
+{{ lengths }}
+{% if figure %}
+![Rows by length of the document]({{ figure }})
+{% endif %}
+## Columns
+
+| column | what it holds |
+| --- | --- |
+| `id` | names the row by its content; where the document is missing, the document's id in its source |
+| `document` | the text to read, or nothing where the source may not be passed on |
+| `source`, `language` | where the document is from, and its two-letter language code |
+| `question`, `answer` | the question, and its reference answer |
+| `response_*` | what a teacher model answered with the whole document before it |
+| `task` | kind of question |
+| `evidence` | blocks that the answer rests on: `document[start:end]`, in characters |
+| `document_sha256` | hex digest of the document in UTF-8, with which one put together again is checked |
+| `checks` | what each check of the row found |
+
+## How it was made
+
+{% if engine == "rule" -%}
+The questions were written by rule, without a language model. Their answers are certain by construction.
+{%- else -%}
+The questions and answers were written by a language model that had the document before it.
+{%- endif %}
+{% if models %}
+{{ models }}
+{% endif %}
+## What was left out
+
+{% if drops -%}
+{{ drops }}
+{%- else -%}
+Nothing.
+{%- endif %}
+
+## Limits
+
+{% if engine == "rule" -%}
+- The questions are synthetic and have few forms. They train finding and combining what a text says; nobody would ask \
+them.
+{% else -%}
+- Questions, answers and evidence are a model's. They can be wrong in ways that the checks do not see.
+{% endif -%}
+{% if checks -%}
+- Rows were checked as the next table says; a row that left for a check is counted above. No person has read them all.
+{% else -%}
+- No check was run on the rows after they were made, and no person has read them all.
+{% endif -%}
+{% if evaluation_sets -%}
+- Overlap by n-gram was looked for with {{ evaluation_sets }}, and with nothing else. It does not find a paraphrase.
+{% else -%}
+- Overlap with evaluation sets was not looked for.
+{% endif -%}
+- The documents say what their authors said, errors and prejudice included.
+{% if checks %}
+{{ checks }}
+{% endif %}
+## Licence
+
+{% if set_license == "other" -%}
+No single licence covers the set: see the table. Where the licence of a document is not known, find it out before you \
+use its rows.
+{%- else -%}
+The set is under `{{ set_license }}`. Documents keep the licences of their sources:
+{%- endif %}
+
+{{ licenses }}
+{% if num_without_document %}
+{{ num_without_document }} rows have no `document`, as its source may not be passed on. With a copy of the source, \
+`dgrpo_trl.longblocks.load.load_longblocks(..., books=...)` puts it together again by `id` and checks it.
+{% endif %}
+## Building it again
+
+Configuration `{{ fingerprint }}`, with {{ versions }}.
+
+{{ command }}
+
+{{ recipe }}
+
+## Citation
+
+The form of the set, and the method that it is made for:
+
+```bibtex
+@misc{ramos2026longcontext,
+  title = {Combining On-Policy Optimization and Distillation for Long-Context Reasoning in Large Language Models},
+  author = {Ramos and Alves and Martins},
+  year = {2026},
+  eprint = {2605.12227},
+  archivePrefix = {arXiv},
+}
+```
+"""

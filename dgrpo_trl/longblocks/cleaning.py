@@ -1,0 +1,333 @@
+"""What is done to a document before it is used, and the documents that are not used at all.
+
+| reason of a drop | what it says |
+| --- | --- |
+| `no_text` | nothing was left of it |
+| `mostly_symbols` | fewer letters than `min_letter_share` of what is no white space |
+| `repetitive` | one line makes up more than `max_repeated_line_share` of its lines |
+| `secret` | it holds a key, and `secrets` is `drop` |
+| `unknown_language` | no language was stated, and none was recognised |
+| `wrong_language` | another language than the source states was recognised |
+| `language_not_wanted` | its language is not one of `languages` |
+| `too_short`, `too_long` | its length in tokens is out of bounds |
+
+Cleaning a clean document changes nothing.
+"""
+
+import functools
+import ipaddress
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .records import Document, Drop, StrictModel
+
+
+STAGE = "sources"
+
+# Control tokens of common tokenizers, for a build that has none
+WELL_KNOWN_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<s>",
+    "</s>",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "[INST]",
+    "[/INST]",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+)
+
+_GUTENBERG_START = re.compile(
+    r"^.*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^.*\*END\*? ?THE SMALL PRINT.*$", re.I | re.M
+)
+_GUTENBERG_END = re.compile(
+    r"^.*\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG.*$|^ *END OF (?:THE |THIS )?PROJECT GUTENBERG'?S?\b.*$",
+    re.I | re.M,
+)
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}(?![\w-])")
+_IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]|\.\d)")
+_EMAIL_PLACEHOLDER, _IP_PLACEHOLDER, _SECRET_PLACEHOLDER = "email@example.com", "192.0.2.1", "REMOVED-SECRET"
+# Keys whose form says what they are; a general search for random text would take hashes and identifiers for keys
+_SECRET = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_[A-Za-z0-9_]{22,}\b"
+    r"|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\bAIza[0-9A-Za-z_-]{35}"
+    r"|\bsk-(?:[a-z]+-)*[A-Za-z0-9_-]{32,}"
+    r"|\bhf_[A-Za-z0-9]{30,}\b"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----",
+    re.S,
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+# A long document is judged by samples of so many characters, at its beginning, in its middle and at its end
+_SAMPLE_CHARS = 1000
+# Below this number of letters, language identification guesses
+_MIN_LETTERS = 20
+_MIN_LETTERS_UNSPACED = 8  # of scripts whose characters are syllables or words
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]")
+_MIN_CONFIDENCE = 0.7
+# Beyond this confidence the source's word is doubted; below, it is taken
+_CERTAIN = 0.95
+
+
+class CleaningConfig(StrictModel):
+    """Section `cleaning`: each step can be switched off."""
+
+    repair_encoding: bool = Field(True, description="Mend text that was decoded wrongly (by `ftfy`); not in code.")
+    strip_gutenberg: bool = Field(True, description="Take off the header and the licence of Project Gutenberg.")
+    break_special_tokens: bool = Field(
+        True, description="Put a zero-width space into the literal text of control tokens, so that they stay text."
+    )
+    scrub_pii: bool = Field(True, description="Replace e-mail addresses and public IPv4 addresses.")
+    secrets: Literal["replace", "drop", "keep"] = Field(
+        "replace", description="What to do with keys whose form is known, such as those of clouds and private keys."
+    )
+    identify_language: bool = Field(True, description="Recognise the language (by `py3langid`); not of code.")
+    languages: tuple[str, ...] = Field((), description="Two-letter codes to keep. Default: all.")
+    min_tokens: int = Field(512, ge=0, description="Shortest document, in tokens.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest document, in tokens. Default: no limit.")
+    truncate_too_long: bool = Field(
+        False,
+        description="Cut a document that is too long after the last paragraph that fits instead of dropping it.",
+    )
+    min_letter_share: float = Field(
+        0.5, ge=0, le=1, description="Least share of letters in what is no white space: tables and dumps have less."
+    )
+    max_repeated_line_share: float = Field(
+        0.3, ge=0, le=1, description="Largest share of one line among the lines, from 10 lines on."
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "CleaningConfig":
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"`min_tokens` is {self.min_tokens} and `max_tokens` {self.max_tokens}. No document is both. Lower "
+                "the first or raise the second."
+            )
+        return self
+
+
+class Cleaner:
+    """Cleans documents, one at a time.
+
+    Args:
+        config ([`CleaningConfig`]):
+            What to do.
+        count_tokens (`Callable[[str], int]`):
+            Length of a text in tokens.
+        special_tokens (`Collection[str]`, *optional*):
+            Texts of control tokens; `None` takes `WELL_KNOWN_SPECIAL_TOKENS`.
+    """
+
+    def __init__(
+        self, config: CleaningConfig, count_tokens: Callable[[str], int], special_tokens: Collection[str] | None = None
+    ):
+        self.config = config
+        self.count_tokens = count_tokens
+        self.special_tokens = WELL_KNOWN_SPECIAL_TOKENS if special_tokens is None else special_tokens
+
+    def clean(self, document: Document) -> Document | Drop:
+        """The document as it is used, with its language and its length; or why it is not."""
+
+        def drop(reason: str, detail: str = "") -> Drop:
+            return Drop(STAGE, document.source, document.source_id, reason, detail)
+
+        text = self._mend(document.text, document.kind == "code")
+        if not text:
+            return drop("no_text")
+        if self.config.secrets == "drop" and (match := _SECRET.search(text)):
+            return drop("secret", f"{match[0][:4]}... at character {match.start()}")
+        if document.kind != "code" and (found := self._poor(text)):
+            return drop(*found)
+        language, found = self._language(text, document)
+        if found:
+            return drop(*found)
+        num_tokens = self.count_tokens(text)
+        maximum = self.config.max_tokens
+        if maximum is not None and num_tokens > maximum:
+            if not self.config.truncate_too_long:
+                return drop("too_long", f"{num_tokens} tokens")
+            text = self._truncate(text, maximum)
+            num_tokens = self.count_tokens(text)
+        if not text or num_tokens < self.config.min_tokens:
+            return drop("too_short", f"{num_tokens} tokens")
+        return replace(document, text=text, language=language, num_tokens=num_tokens)
+
+    def _mend(self, text: str, is_code: bool) -> str:
+        config = self.config
+        text = _SURROGATE.sub("\ufffd", text)
+        text = re.sub(r"\r\n?|[\x85\u2028\u2029]", "\n", text)
+        if config.repair_encoding and not is_code:
+            text = _fix_encoding(text)
+        text = _CONTROL.sub("", text)
+        if not is_code:
+            text = unicodedata.normalize("NFC", text)
+            if config.strip_gutenberg:
+                text = strip_gutenberg(text)
+        if config.scrub_pii:
+            text = _EMAIL.sub(_EMAIL_PLACEHOLDER, text)
+            text = _IP.sub(lambda match: _IP_PLACEHOLDER if _is_public(match[0]) else match[0], text)
+        if config.secrets == "replace":
+            text = _SECRET.sub(_SECRET_PLACEHOLDER, text)
+        if config.break_special_tokens:
+            text = break_special_tokens(text, self.special_tokens)
+        return text.strip("\n") if text.strip() else ""
+
+    def _poor(self, text: str) -> tuple[str, str] | None:
+        characters = "".join(text.split())
+        share = sum(map(_is_letter, characters[:100_000])) / max(1, len(characters[:100_000]))
+        if share < self.config.min_letter_share:
+            return "mostly_symbols", f"{share:.2f} of it are letters"
+        lines = Counter(line.strip() for line in text.splitlines() if line.strip())
+        share = max(lines.values()) / lines.total()
+        if lines.total() >= 10 and share > self.config.max_repeated_line_share:
+            return "repetitive", f"{share:.2f} of its lines are {lines.most_common(1)[0][0]!r:.60}"
+        return None
+
+    def _language(self, text: str, document: Document) -> tuple[str | None, tuple[str, str] | None]:
+        """The language, or why the document has none that will do. Code is in that of its comments, or in English."""
+        stated = document.language
+        if document.kind == "code":
+            stated = stated or "en"
+        elif self.config.identify_language:
+            found, confidence = identify(_samples(text))
+            if stated is None and found is None:
+                return None, ("unknown_language", f"{text[:60]!r}")
+            if stated is not None and found not in (stated, None) and confidence >= _CERTAIN:
+                return None, ("wrong_language", f"{found} ({confidence:.2f}), not {stated}")
+            stated = stated or found
+        if stated is None:
+            return None, ("unknown_language", "none is stated")
+        if self.config.languages and stated not in self.config.languages:
+            return None, ("language_not_wanted", stated)
+        return stated, None
+
+    def _truncate(self, text: str, max_tokens: int) -> str:
+        """The longest beginning that ends with a paragraph and fits."""
+        ends = [match.start() for match in re.finditer(r"\n[ \t]*\n", text)]
+        low, high = 0, len(ends)  # ends[:low] fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.count_tokens(text[: ends[middle - 1]]) <= max_tokens:
+                low = middle
+            else:
+                high = middle - 1
+        return text[: ends[low - 1]].strip("\n") if low else ""
+
+
+def break_special_tokens(text: str, special_tokens: Collection[str]) -> str:
+    """Puts a zero-width space (U+200B) after the first character of each literal control token: it stays text.
+
+    Args:
+        text (`str`):
+            A document or a question; not a rendered chat template, whose control tokens are meant.
+        special_tokens (`Collection[str]`):
+            The texts that the tokenizer would turn into control tokens.
+
+    Returns:
+        `str`: `text` itself if it holds none.
+    """
+    literals = sorted((token for token in special_tokens if token in text and len(token) > 1), key=len, reverse=True)
+    if not literals:
+        return text
+    pattern = "|".join(re.escape(token) for token in literals)
+    return re.sub(pattern, lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+
+
+def strip_gutenberg(text: str) -> str:
+    """The text between the marks of Project Gutenberg; all of it where there are none."""
+    starts = list(_GUTENBERG_START.finditer(text[: len(text) // 2]))
+    if starts:
+        text = text[starts[-1].end() :]
+    end = _GUTENBERG_END.search(text, len(text) // 2)
+    return text[: end.start()] if end else text
+
+
+def identify(text: str) -> tuple[str | None, float]:
+    """The language of a text.
+
+    Args:
+        text (`str`):
+            Some sentences.
+
+    Returns:
+        `tuple[str | None, float]`: the two-letter code and the confidence in [0, 1]; `None` where a text is too short
+        or could be in several languages.
+    """
+    letters = [character for character in text if character.isalpha()]
+    num_unspaced = len(_UNSPACED.findall(text))
+    if len(letters) < _MIN_LETTERS and num_unspaced < _MIN_LETTERS_UNSPACED:
+        return None, 0.0
+    code, confidence = _identifier().classify(text)
+    confidence = float(confidence)
+    return (str(code) if confidence >= _MIN_CONFIDENCE else None), confidence
+
+
+@functools.cache
+def _identifier():
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ImportError(
+            "Recognising languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+        ) from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def _fix_encoding(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError(
+            "Mending encodings needs `ftfy`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+        ) from error
+    options = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False)
+    for _ in range(4):  # text that was decoded wrongly twice
+        fixed = ftfy.fix_text(text, options)
+        if fixed == text:
+            break
+        text = fixed
+    return text
+
+
+def _samples(text: str) -> str:
+    if len(text) <= 3 * _SAMPLE_CHARS:
+        return text
+    middle = (len(text) - _SAMPLE_CHARS) // 2
+    return "\n".join((text[:_SAMPLE_CHARS], text[middle : middle + _SAMPLE_CHARS], text[-_SAMPLE_CHARS:]))
+
+
+def _is_letter(character: str) -> bool:
+    """Letters, and the marks that are part of them in Indic scripts."""
+    return character.isalpha() or unicodedata.category(character) in ("Mn", "Mc")
+
+
+def _is_public(address: str) -> bool:
+    try:
+        return ipaddress.IPv4Address(address).is_global
+    except ValueError:  # a number over 255: a version, or the number of a section
+        return False

@@ -1,0 +1,181 @@
+"""The configuration of a build: one YAML file, checked as a whole before anything is read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from .blocks import BlocksConfig
+from .card import CardConfig
+from .cleaning import CleaningConfig
+from .client import ServerConfig
+from .decontamination import DecontaminationConfig
+from .deduplication import DeduplicationConfig
+from .mixing import MixingConfig
+from .publish import PublishConfig, published_schema
+from .questions import LLMEngineConfig
+from .records import StrictModel
+from .responses import ResponsesConfig
+from .rule_engine import RuleEngineConfig
+from .sources import SourceConfig
+from .verification import VerificationConfig
+
+
+STAGES = (
+    "sources",
+    "deduplication",
+    "blocks",
+    "questions",
+    "verification",
+    "responses",
+    "decontamination",
+    "mixing",
+    "card",
+    "publish",
+)
+
+# The sections that decide what a stage makes, beside those of the stages before it
+_SECTIONS = {
+    "sources": ("tokenizer", "documents_per_part", "sources", "cleaning", "deduplication"),
+    "deduplication": ("deduplication",),
+    "blocks": ("blocks",),
+    "questions": ("questions",),
+    "verification": ("verification",),
+    "responses": ("responses",),
+    "decontamination": ("decontamination",),
+    "mixing": ("mixing",),
+    "card": (),
+    "publish": (),
+}
+
+
+class BuildConfig(StrictModel):
+    """What to build. Every key of every section is described where its model is defined, and checked."""
+
+    name: str = Field(pattern=r"^[\w][\w.-]*$", description="Name of the build, and of its folder.")
+    tokenizer: str | None = Field(
+        None, description="Counts lengths: path or Hub id. Default: an estimate of four bytes a token."
+    )
+    documents_per_part: int = Field(
+        32, ge=1, description="Documents of a part, which is the unit that is made again after a crash."
+    )
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Where documents come from.")
+    cleaning: CleaningConfig = CleaningConfig()
+    deduplication: DeduplicationConfig = DeduplicationConfig()
+    blocks: BlocksConfig = BlocksConfig()
+    servers: dict[str, ServerConfig] = Field(
+        default_factory=dict, description="Models to ask, by the names that other sections call them."
+    )
+    questions: Annotated[RuleEngineConfig | LLMEngineConfig, Field(discriminator="engine")]
+    verification: VerificationConfig = VerificationConfig()
+    responses: ResponsesConfig = ResponsesConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    mixing: MixingConfig = MixingConfig()
+    card: CardConfig = CardConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "BuildConfig":
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"`sources` holds {repeated} more than once. The name tells the sources of the data set apart. Give "
+                "each its own."
+            )
+        for stage in STAGES:
+            for name in self.servers_of(stage):
+                if name not in self.servers:
+                    raise ValueError(
+                        f"The section `{stage}` asks the server {name!r}, which is not among `servers`: "
+                        f"{sorted(self.servers)}. There is nobody to ask. Add it, or name one of these."
+                    )
+        published_schema(self.response_models)  # raises where two models would share a column
+        return self
+
+    def servers_of(self, stage: str) -> tuple[str, ...]:
+        """Names of the servers that a stage asks."""
+        names: dict[str, tuple[str | None, ...]] = {
+            "questions": (getattr(self.questions, "server", None),),
+            "verification": (self.verification.answerer, self.verification.judge),
+            "responses": tuple(teacher.server for teacher in self.responses.teachers),
+        }
+        return tuple(dict.fromkeys(name for name in names.get(stage, ()) if name is not None))
+
+    @property
+    def response_models(self) -> list[str]:
+        """Teachers, as their columns name them."""
+        return [teacher.name or self.servers[teacher.server].model for teacher in self.responses.teachers]
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """What decides the output of a stage: not where a server is or how fast it is asked."""
+        settings = {name: self.model_dump(mode="json")[name] for name in _SECTIONS[stage]}
+        for name in self.servers_of(stage):
+            server = self.servers[name]
+            settings[f"servers.{name}"] = {
+                **server.generation,
+                "max_model_tokens": server.max_model_tokens,
+                "structured_output": server.structured_output,
+            }
+        return settings
+
+    def public_yaml(self) -> str:
+        """The configuration as it may be shown: what is set, with the addresses of servers replaced."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        for server in values.get("servers", {}).values():
+            server["base_url"] = "http://localhost:8000/v1"
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the configuration by all that decides the rows: 16 hex digits."""
+        content = json.dumps({stage: self.settings(stage) for stage in STAGES}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> BuildConfig:
+    """Reads a YAML file.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        overrides (`list[str]`, *optional*):
+            Keys to change, as `mixing.max_rows=10`; the value is YAML. An item of a list is called by its number.
+
+    Raises:
+        ValueError: If the file cannot be read, or a key is unknown, is missing or has a wrong value; names each.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The configuration {str(path)!r} cannot be read: {error}. Check the path and the YAML."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The configuration {str(path)!r} holds no keys. See `recipes/longblocks` for examples.")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return BuildConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [f"`{'.'.join(map(str, e['loc'])) or 'the whole'}`: {e['msg']}" for e in error.errors()]
+        raise ValueError(
+            f"The configuration {str(path)!r} has {len(problems)} mistakes. Nothing was built. Mend them:\n  "
+            + "\n  ".join(problems)
+        ) from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    *parents, last = key.split(".")
+    try:
+        place: Any = values
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--set {override}` changes nothing: {error!r}. Write `section.key=value`.") from error
+    if not separator:
+        raise ValueError(f"`--set {override}` has no value. Write `section.key=value`.")

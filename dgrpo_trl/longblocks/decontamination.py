@@ -1,0 +1,179 @@
+"""Rows that hold a piece of an evaluation set leave: otherwise a later evaluation would measure memory.
+
+A piece is `ngram_words` words in a row (`ngram_chars` characters where no space stands between words), or a whole item
+of the evaluation set that is shorter. Case, punctuation and forms of the same character make no difference.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from .records import Drop, Row, StrictModel
+
+
+STAGE = "decontamination"
+
+_UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+# A word; or one character of a script without spaces, which counts as a word of its own
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+
+
+class EvaluationSet(StrictModel):
+    """One evaluation set, local or on the Hub."""
+
+    name: str = Field(description="Name, for the card and the reasons of drops.")
+    path: str | None = Field(None, description="Local file: `.jsonl`, `.parquet`, or text with one item a line.")
+    dataset: str | None = Field(None, description="Id on the Hub, instead of `path`.")
+    config: str | None = Field(None, description="Configuration on the Hub.")
+    split: str = Field("test", description="Split on the Hub.")
+    columns: tuple[str, ...] = Field(("question",), description="Columns with the text to look for.")
+
+    @model_validator(mode="after")
+    def _check_place(self) -> "EvaluationSet":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(f"The evaluation set {self.name!r} needs `path` or `dataset`, and not both. Give one.")
+        return self
+
+
+class DecontaminationConfig(StrictModel):
+    """Section `decontamination`."""
+
+    against: tuple[EvaluationSet, ...] = Field((), description="Evaluation sets to look for.")
+    ngram_words: int = Field(13, ge=1, description="Words in a row that are no accident.")
+    ngram_chars: int = Field(
+        26, ge=1, description="Characters in a row, for scripts without spaces: about two to a word."
+    )
+    min_item_words: int = Field(
+        5, ge=1, description="A whole item of fewer words (or twice as many such characters) is not looked for."
+    )
+    check_documents: bool = Field(
+        False, description="Look in documents too, not only in questions, answers and responses."
+    )
+
+
+class Decontaminator:
+    """Looks for evaluation sets in rows. Its index takes about 150 MB for a million n-grams.
+
+    Args:
+        config ([`DecontaminationConfig`]):
+            What to look for.
+
+    Raises:
+        ValueError: If an evaluation set cannot be read, or lacks a column.
+    """
+
+    def __init__(self, config: DecontaminationConfig):
+        self.config = config
+        # hash of the n-gram -> name of the set; one table for each length
+        self._index: dict[int, dict[bytes, str]] = defaultdict(dict)
+        for evaluation_set in config.against:
+            for text in _texts(evaluation_set):
+                for ngram in self._ngrams_of_item(_tokens(text)):
+                    self._index[len(ngram)].setdefault(_hash(ngram), evaluation_set.name)
+
+    def _length(self, tokens: list[str]) -> int:
+        """Tokens of an n-gram of such a text."""
+        unspaced = sum(1 for token in tokens if _IS_UNSPACED.match(token))
+        return self.config.ngram_chars if 2 * unspaced > len(tokens) else self.config.ngram_words
+
+    def _ngrams_of_item(self, tokens: list[str]) -> Iterator[tuple[str, ...]]:
+        length = self._length(tokens)
+        if len(tokens) >= length:
+            yield from _ngrams(tokens, length)
+        elif len(tokens) * self.config.ngram_words >= self.config.min_item_words * length:
+            yield tuple(tokens)
+
+    def check(self, row: Row, text: str) -> Drop | None:
+        """Why a row must leave, or `None`.
+
+        Args:
+            row ([`~records.Row`]):
+                The row.
+            text (`str`):
+                Its document.
+        """
+        texts = [row.question, row.answer, *row.responses.values(), f"{row.question} {row.answer}"]
+        for candidate in [*texts, text] if self.config.check_documents else texts:
+            if found := self.find(candidate):
+                return Drop(STAGE, row.source, row.id, "contaminated", f"{found[0]}: {found[1]}")
+        return None
+
+    def find(self, text: str) -> tuple[str, str] | None:
+        """Name of the set of which a piece is in `text`, and the piece; `None` if there is none."""
+        if not self._index:
+            return None
+        tokens = _tokens(text)
+        for length, names in self._index.items():
+            for ngram in _ngrams(tokens, length):
+                if name := names.get(_hash(ngram)):
+                    return name, " ".join(ngram)
+        return None
+
+
+def _tokens(text: str) -> list[str]:
+    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _ngrams(tokens: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
+
+
+def _hash(ngram: tuple[str, ...]) -> bytes:
+    return hashlib.blake2b(" ".join(ngram).encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def _texts(evaluation_set: EvaluationSet) -> Iterator[str]:
+    """The texts to look for. A column may hold a list of texts."""
+    num_found = 0
+    try:
+        for row in _rows(evaluation_set):
+            for column in evaluation_set.columns if isinstance(row, dict) else ():
+                if column not in row:
+                    raise ValueError(f"it has no column {column!r}; its columns are {sorted(row)}")
+                num_found += 1
+                yield from _strings(row[column])
+            if isinstance(row, str):
+                num_found += 1
+                yield row
+        if num_found == 0:
+            raise ValueError("it holds no row")
+    except Exception as error:  # whatever the readers of files and of the Hub raise
+        raise ValueError(
+            f"The evaluation set {evaluation_set.name!r} cannot be read: {error}. Rows that hold a piece of it would "
+            "stay. Check its `path` or `dataset`, its `split` and its `columns`, or take it out."
+        ) from error
+
+
+def _rows(evaluation_set: EvaluationSet) -> Iterable[dict[str, Any] | str]:
+    if evaluation_set.dataset is not None:
+        from datasets import load_dataset
+
+        return load_dataset(
+            evaluation_set.dataset, name=evaluation_set.config, split=evaluation_set.split, streaming=True
+        )
+    path = Path(evaluation_set.path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return (row for batch in pq.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return map(json.loads, lines) if path.suffix == ".jsonl" else lines
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)

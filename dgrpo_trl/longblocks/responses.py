@@ -1,0 +1,84 @@
+"""Teachers' answers over the whole document, for the columns `response_<model>` that a cold start is trained on."""
+
+import asyncio
+from dataclasses import replace
+
+from pydantic import Field
+
+from .client import ChatClient, RequestFailed
+from .records import Drop, Row, StrictModel
+from .verification import answers_agree
+
+
+STAGE = "responses"
+
+
+class TeacherConfig(StrictModel):
+    """One teacher."""
+
+    server: str = Field(description="Its name among `servers`.")
+    name: str | None = Field(None, description="Model in the name of the column. Default: the server's `model`.")
+    max_tokens: int = Field(8192, ge=1, description="Longest response, in tokens, reasoning included.")
+    keep_thinking: bool = Field(False, description="Put the reasoning before the answer, between `<think>` tags.")
+    keep_only_correct: bool = Field(False, description="Leave responses out that do not agree with the answer.")
+    required: bool = Field(False, description="Whether a row without this response leaves.")
+
+
+class ResponsesConfig(StrictModel):
+    """Section `responses`."""
+
+    teachers: tuple[TeacherConfig, ...] = Field((), description="Who answers. Default: nobody.")
+
+
+class Responder:
+    """Lets the teachers answer.
+
+    Args:
+        config ([`ResponsesConfig`]):
+            Who, and how.
+        clients (`dict[str, ChatClient]`):
+            The teachers, by the names of their servers.
+    """
+
+    def __init__(self, config: ResponsesConfig, clients: dict[str, ChatClient]):
+        self.config = config
+        self.clients = clients
+
+    async def respond(self, row: Row, document_text: str) -> tuple[Row | None, list[Drop]]:
+        """The row with the responses, or `None` if it lacks one that is required; and what is missing, and why.
+
+        A response that failed has the reason of [`client`]; one that is wrong, where only right ones are wanted, has
+        the reason `wrong_response`.
+
+        Args:
+            row ([`~records.Row`]):
+                The row.
+            document_text (`str`):
+                Its document.
+        """
+        # As in training: the document, then the question
+        messages = [{"role": "user", "content": f"{document_text}\n\n{row.question}"}]
+        results = await asyncio.gather(*(self._respond(teacher, row, messages) for teacher in self.config.teachers))
+        drops = [result for result in results if isinstance(result, Drop)]
+        responses, is_complete = dict(row.responses), True
+        for teacher, result in zip(self.config.teachers, results, strict=True):
+            if isinstance(result, Drop):
+                is_complete &= not teacher.required
+            else:
+                responses[self._name(teacher)] = result
+        return (replace(row, responses=responses) if is_complete else None), drops
+
+    def _name(self, teacher: TeacherConfig) -> str:
+        return teacher.name or self.clients[teacher.server].config.model
+
+    async def _respond(self, teacher: TeacherConfig, row: Row, messages: list[dict[str, str]]) -> str | Drop:
+        name = self._name(teacher)
+        try:
+            reply = await self.clients[teacher.server].complete(messages, max_tokens=teacher.max_tokens)
+        except RequestFailed as error:
+            return Drop(STAGE, row.source, row.id, error.reason, f"{name}: {error.detail}")
+        if teacher.keep_only_correct and not answers_agree(row.answer, reply.text):
+            return Drop(STAGE, row.source, row.id, "wrong_response", f"{name}: {reply.text[:300]}")
+        if teacher.keep_thinking and reply.thinking:
+            return f"<think>\n{reply.thinking}\n</think>\n\n{reply.text}"
+        return reply.text

@@ -1,0 +1,337 @@
+"""The `rule` engine: questions over long documents whose answers are certain, without a language model.
+
+A row's document is a window of a real one, of a chosen length. The task decides what is done to it:
+
+| task | in the window | languages |
+| --- | --- | --- |
+| `lookup_number`, `lookup_name`, `two_hop` | facts among near misses, see [`rules`] | English, code |
+| `key_chain` | notes that lead from key to key, to a number; other chains beside | all in `TEMPLATES`, code |
+| `reconstruction` | blocks taken out, whose order is asked for | all in `TEMPLATES`, code |
+| `counting` | nothing: how often does a word occur? | those with spaces, code |
+| `unanswerable` | a chain whose last note is missing | all in `TEMPLATES`, code |
+
+The evidence of `reconstruction` is each mark of a gap with the blocks around it; that of `counting` is the blocks that
+hold the word. Code gets its facts as comments.
+
+| reason of a drop | what it says |
+| --- | --- |
+| `no_template_for_language` | no task can be asked in its language |
+| `too_short_for_task` | the document has too few blocks |
+| `no_fit` | no facts, gaps or words could be found that make the answer certain within the length |
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from .blocks import Block, blocks_at
+from .files import comment_prefix
+from .questions import OR_SAY, not_stated
+from .records import Document, Drop, Evidence, Row, StrictModel
+from .rules import FACT_TASKS, SENTENCE_BORDER, Facts, count_word
+
+
+STAGE = "questions"
+
+TASKS = (*FACT_TASKS, "key_chain", "reconstruction", "counting", "unanswerable")
+_ATTEMPTS = 8
+
+
+GAP = "[[GAP {number}]]"
+# What the engine says, by language: see the file
+TEMPLATES: dict[str, dict[str, str]] = yaml.safe_load(
+    (resources.files(__package__) / "templates.yaml").read_text(encoding="utf-8")
+)
+
+
+class RuleEngineConfig(StrictModel):
+    """Section `questions` without a language model."""
+
+    engine: Literal["rule"]
+    tasks: dict[str, float] = Field(
+        default={
+            "lookup_number": 0.15,
+            "lookup_name": 0.15,
+            "two_hop": 0.2,
+            "key_chain": 0.2,
+            "reconstruction": 0.15,
+            "counting": 0.1,
+            "unanswerable": 0.05,
+        },
+        description="Weights of the tasks; those that cannot be asked of a document are left out for it.",
+    )
+    rows_per_document: int = Field(4, ge=1, description="Questions on a document.")
+    lengths: tuple[int, ...] = Field(
+        (2048,), min_length=1, description="Tokens of a row's document and question, at most; taken in turn."
+    )
+    tokens_per_near_miss: int = Field(
+        200, ge=1, description="A window of n tokens holds about n divided by this many near misses, from 2 to 24."
+    )
+    min_hops: int = Field(2, ge=2, description="Notes of a chain of keys, at least.")
+    max_hops: int = Field(5, ge=2, le=12, description="Notes of a chain of keys, at most.")
+    min_gaps: int = Field(2, ge=2, description="Blocks taken out, at least.")
+    max_gaps: int = Field(4, ge=2, le=8, description="Blocks taken out, at most.")
+    split: Literal["train", "test"] | None = Field(
+        None, description="Use only the names, places and numbers of this split, which the other never sees."
+    )
+    test_share: float = Field(0.3, gt=0, lt=1, description="Share of them that are kept for `test`.")
+    seed: int = Field(0, description="Seed of all choices.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(tasks) - set(TASKS))
+        if unknown or not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
+            raise ValueError(f"`tasks` are {tasks}. Give weights of some of {', '.join(TASKS)}, not all of them 0.")
+        return tasks
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row before its blocks are cut: the text in pieces, of which some are evidence."""
+
+    pieces: list[str]
+    between: list[str]  # white space before each piece
+    evidence: set[int]
+    question: str
+    answer: str
+
+
+class RuleEngine:
+    """Makes questions by rule, the same ones for the same document and seed.
+
+    Args:
+        config ([`RuleEngineConfig`]):
+            How many, of which tasks and lengths.
+        count_tokens (`Callable[[str], int]`):
+            Length of a text in tokens.
+    """
+
+    def __init__(self, config: RuleEngineConfig, count_tokens: Callable[[str], int]):
+        self.config = config
+        self.count_tokens = count_tokens
+        self.facts = Facts(config.seed, config.test_share)
+
+    async def rows(
+        self, document: Document, blocks: list[Block], links: list[list[int]]
+    ) -> tuple[list[Row], list[Drop]]:
+        """Questions on one document, and what came to nothing.
+
+        Args:
+            document ([`~records.Document`]):
+                The document.
+            blocks (`list[Block]`):
+                Its blocks.
+            links (`list[list[int]]`):
+                Not used: facts decide what belongs together.
+        """
+        rows, drops, questions = [], [], set()
+        for number in range(self.config.rows_per_document):
+            result = self._row(document, blocks, number)
+            if isinstance(result, Row) and result.question in questions:
+                result = Drop(STAGE, document.source, f"{document.id}:{number}", "no_fit", "the same question again")
+            if isinstance(result, Row):
+                questions.add(result.question)
+                rows.append(result)
+            else:
+                drops.append(result)
+        return rows, drops
+
+    def _row(self, document: Document, blocks: list[Block], number: int) -> Row | Drop:
+        def drop(reason: str, detail: str = "") -> Drop:
+            return Drop(STAGE, document.source, f"{document.id}:{number}", reason, detail)
+
+        rng = random.Random(f"{self.config.seed}:{document.id}:{number}")
+        language = document.language or "en"
+        weights = self._weights(document, language)
+        if not weights:
+            return drop("no_template_for_language", language)
+        if len(blocks) < 3:
+            return drop("too_short_for_task", f"{len(blocks)} blocks")
+        task = rng.choices(list(weights), list(weights.values()))[0]
+        length = self.config.lengths[number % len(self.config.lengths)]
+        share = 0.9
+        for _ in range(_ATTEMPTS):
+            window = self._window(rng, document, blocks, int(length * share))
+            draft = self._draft(rng, task, document, language, window)
+            if draft is None:
+                continue
+            text, row_blocks = _assemble(draft)
+            if self.count_tokens(f"{text}\n\n{draft.question}") > length:
+                share *= 0.85
+                continue
+            return Row(
+                document_id=document.id,
+                source=document.source,
+                language=language,
+                question=draft.question,
+                answer=draft.answer,
+                task=task,
+                evidence=tuple(
+                    Evidence(row_blocks[i].id, row_blocks[i].start, row_blocks[i].end) for i in sorted(draft.evidence)
+                ),
+                document=text,
+            )
+        return drop("no_fit", f"{task} in {length} tokens")
+
+    def _weights(self, document: Document, language: str) -> dict[str, float]:
+        """The tasks that can be asked of a document."""
+        templates = TEMPLATES.get(language)
+        weights = {task: weight for task, weight in self.config.tasks.items() if weight > 0}
+        if language != "en":
+            weights = {task: weight for task, weight in weights.items() if task not in FACT_TASKS}
+        if templates is None:
+            return {}
+        if "count" not in templates:
+            weights.pop("counting", None)
+        return weights
+
+    def _window(self, rng: random.Random, document: Document, blocks: list[Block], max_tokens: int) -> list[Block]:
+        """Neighbouring blocks of about so many tokens, judged by the document's own rate of characters."""
+        num_tokens = document.num_tokens or self.count_tokens(document.text)
+        max_chars = max_tokens * len(document.text) / max(1, num_tokens)
+        # The last place to begin from which the window can still be filled
+        last = len(blocks) - 1
+        while last > 0 and blocks[-1].end - blocks[last].start < max_chars:
+            last -= 1
+        start = rng.randint(0, last)
+        stop = start + 1
+        while stop < len(blocks) and blocks[stop].end - blocks[start].start <= max_chars:
+            stop += 1
+        return blocks[start:stop]
+
+    def _draft(
+        self, rng: random.Random, task: str, document: Document, language: str, window: list[Block]
+    ) -> _Draft | None:
+        """What the task makes of a window; `None` if it does not fit with these draws."""
+        if len(window) < 3:
+            return None
+        between = ["", *(document.text[a.end : b.start] for a, b in zip(window, window[1:], strict=False))]
+        if task == "reconstruction":
+            return self._reconstruction(rng, language, window, between)
+        if task == "counting":
+            return self._counting(rng, language, window, between)
+        if task in FACT_TASKS:
+            num_tokens = len(document.text[window[0].start : window[-1].end]) / len(document.text)
+            num_tokens *= document.num_tokens or self.count_tokens(document.text)
+            near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
+            case = self.facts.case(rng, self.config.split, task, near_misses)
+            facts = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
+            kind = "name" if task == "lookup_name" else "number"
+            question, answer, entities = f"{case.question} Answer with the {kind} only.", case.answer, case.entities
+        else:
+            facts, question, answer, entities = self._chains(rng, language, task == "unanswerable")
+        text = document.text[window[0].start : window[-1].end]
+        if any(count_word(text, entity) for entity in entities):
+            return None
+        rng.shuffle(facts)
+        prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
+        pieces, evidence = _insert(rng, [block.text for block in window], facts, prefix)
+        return None if pieces is None else _Draft(pieces, between, evidence, question, answer)
+
+    def _chains(
+        self, rng: random.Random, language: str, is_broken: bool
+    ) -> tuple[list[tuple[str, bool]], str, str, list[str]]:
+        """Notes of the chain that is asked for, and of two others; a broken chain lacks its last note."""
+        templates = TEMPLATES[language]
+        hops = rng.randint(self.config.min_hops, self.config.max_hops)
+        keys = [[f"{rng.getrandbits(32):08x}" for _ in range(hops)] for _ in range(3)]
+        values = [str(number) for number in rng.sample(self.facts.numbers(self.config.split), 3)]
+        facts = []
+        for number, (chain, value) in enumerate(zip(keys, values, strict=True)):
+            notes = [templates["next_note"].format(key=a, other=b) for a, b in zip(chain, chain[1:], strict=False)]
+            if not (is_broken and number == 0):
+                notes.append(templates["last_note"].format(key=chain[-1], value=value))
+            facts += [(note, number == 0 and not is_broken) for note in notes]
+        question = templates["follow"].format(key=keys[0][0])
+        answer = values[0]
+        if is_broken:
+            answer = not_stated(language)
+            question = f"{question} {OR_SAY.get(language, OR_SAY['en']).format(answer)}"
+        return facts, question, answer, [*(key for chain in keys for key in chain), *values]
+
+    def _reconstruction(
+        self, rng: random.Random, language: str, window: list[Block], between: list[str]
+    ) -> _Draft | None:
+        """Blocks that are no neighbours are taken out, and asked for in shuffled order."""
+        texts = [block.text for block in window]
+        repeats = Counter(texts)
+        inner = range(1, len(texts) - 1)
+        usable = [i for i in inner if repeats[texts[i]] == 1 and len(texts[i]) >= 80 and "[[GAP" not in texts[i]]
+        rng.shuffle(usable)
+        num_gaps = rng.randint(self.config.min_gaps, self.config.max_gaps)
+        gaps: list[int] = []
+        for index in usable:
+            is_apart = all(abs(index - other) > 2 for other in gaps)
+            is_other = all(texts[index][:60] != texts[other][:60] for other in gaps)
+            if is_apart and is_other and len(gaps) < num_gaps:
+                gaps.append(index)
+        if len(gaps) < self.config.min_gaps:
+            return None
+        gaps.sort()
+        order = rng.sample(gaps, len(gaps))
+        letters = {index: chr(ord("A") + place) for place, index in enumerate(order)}
+        pieces = list(texts)
+        for number, index in enumerate(gaps, start=1):
+            pieces[index] = GAP.format(number=number)
+        options = "\n\n".join(f"{letters[index]}:\n{texts[index]}" for index in order)
+        question = TEMPLATES[language]["reconstruct"].format(count=len(gaps), options=options)
+        evidence = {index + step for index in gaps for step in (-1, 0, 1)}
+        return _Draft(pieces, between, evidence, question, ", ".join(letters[index] for index in gaps))
+
+    def _counting(self, rng: random.Random, language: str, window: list[Block], between: list[str]) -> _Draft | None:
+        """A word that occurs a few times in the window as it is."""
+        texts = [block.text for block in window]
+        counts = Counter(word for text in texts for word in re.findall(r"\w+", text.casefold()))
+        words = sorted(w for w, n in counts.items() if 2 <= n <= 9 and len(w) >= 5 and w.isalpha())
+        if not words:
+            return None
+        word = rng.choice(words)
+        evidence = {i for i, text in enumerate(texts) if word in re.findall(r"\w+", text.casefold())}
+        question = TEMPLATES[language]["count"].format(word=word)
+        return _Draft(texts, between, evidence, question, str(counts[word]))
+
+
+def _insert(
+    rng: random.Random, pieces: list[str], facts: list[tuple[str, bool]], comment: str | None
+) -> tuple[list[str] | None, set[int]]:
+    """Writes facts into pieces of text: between sentences, or as a comment above code.
+
+    A piece with evidence holds no near miss, so that the evidence alone is not ambiguous.
+
+    Returns the pieces, `None` if there are too few, and the indices of those that hold evidence.
+    """
+    num_evidence = sum(is_evidence for _, is_evidence in facts)
+    if len(pieces) < num_evidence + 1:
+        return None, set()
+    places = rng.sample(range(len(pieces)), num_evidence)
+    others = [index for index in range(len(pieces)) if index not in set(places)]
+    pieces, evidence = list(pieces), set(places)
+    free = iter(places)
+    for fact, is_evidence in facts:
+        index = next(free) if is_evidence else rng.choice(others)
+        if comment is not None:
+            pieces[index] = f"{comment}{fact}\n{pieces[index]}"
+            continue
+        borders = [match.end() for match in SENTENCE_BORDER.finditer(pieces[index])]
+        place = rng.choice([*borders, len(pieces[index])])
+        before, after = pieces[index][:place], pieces[index][place:]
+        pieces[index] = f"{before.rstrip()} {fact} {after}".strip() if after else f"{before} {fact}".strip()
+    return pieces, evidence
+
+
+def _assemble(draft: _Draft) -> tuple[str, list[Block]]:
+    """The text of a draft, and its pieces as blocks."""
+    text, spans = "", []
+    for space, piece in zip(draft.between, draft.pieces, strict=True):
+        text += space
+        spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, blocks_at(text, spans)

@@ -1,0 +1,170 @@
+"""The builder's memory on disk: parts that are written whole or not at all, and what the configuration was.
+
+    <output_dir>/work/<stage>/<part>/rows.parquet     what the stage made of the part
+                                     drops.parquet    what it left out, and why
+                                     part.json        how much it read
+
+A part is made under another name and renamed, so that one that is there is complete. Killed at any moment, a run finds
+the parts that were finished and makes the others again from the beginning, with the same result.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .blocks import Block
+from .records import Check, Document, Drop, Evidence, Row
+
+
+DOCUMENT_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "text": pa.large_string(),
+        "source": pa.string(),
+        "source_id": pa.string(),
+        "language": pa.string(),
+        "license": pa.string(),
+        "url": pa.string(),
+        "kind": pa.string(),
+        "num_tokens": pa.int64(),
+        "signature": pa.binary(),
+    }
+)
+EVIDENCE_TYPE = pa.list_(pa.struct({"block": pa.string(), "start": pa.int64(), "end": pa.int64()}))
+CHECKS_TYPE = pa.list_(
+    pa.struct({"name": pa.string(), "passed": pa.bool_(), "score": pa.float64(), "reason": pa.string()})
+)
+ROW_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "document_id": pa.string(),
+        "source": pa.string(),
+        "language": pa.string(),
+        "question": pa.string(),
+        "answer": pa.string(),
+        "task": pa.string(),
+        "evidence": EVIDENCE_TYPE,
+        "document": pa.large_string(),
+        "checks": CHECKS_TYPE,
+        "responses": pa.string(),  # JSON: the models are not known to the schema
+    }
+)
+BLOCKS_SCHEMA = pa.schema(
+    {
+        "document_id": pa.string(),
+        "blocks": pa.list_(pa.struct({"id": pa.string(), "start": pa.int64(), "end": pa.int64()})),
+        "links": pa.list_(pa.list_(pa.int32())),
+    }
+)
+KEPT_SCHEMA = pa.schema({"position": pa.int64(), "id": pa.string()})  # position: of the row in the part before
+DROP_SCHEMA = pa.schema({field.name: pa.string() for field in dataclasses.fields(Drop)})
+
+
+def document_record(document: Document, signature: bytes | None) -> dict[str, Any]:
+    return {**dataclasses.asdict(document), "id": document.id, "signature": signature}
+
+
+def document_of(record: dict[str, Any]) -> Document:
+    return Document(**{field.name: record[field.name] for field in dataclasses.fields(Document)})
+
+
+def blocks_of(record: dict[str, Any], text: str) -> list[Block]:
+    return [Block(**block, text=text[block["start"] : block["end"]]) for block in record["blocks"]]
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    return {**dataclasses.asdict(row), "id": row.id, "responses": json.dumps(row.responses, ensure_ascii=False)}
+
+
+def row_of(record: dict[str, Any]) -> Row:
+    values = {field.name: record[field.name] for field in dataclasses.fields(Row)}
+    values["evidence"] = tuple(Evidence(**evidence) for evidence in values["evidence"])
+    values["checks"] = tuple(Check(**check) for check in values["checks"])
+    values["responses"] = json.loads(values["responses"])
+    return Row(**values)
+
+
+class Store:
+    """Parts of all stages under one folder.
+
+    Args:
+        folder (`Path`):
+            The builder's `work` folder; made if it is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, stage: str, part: str) -> Path:
+        return self.folder / stage / part
+
+    def is_complete(self, stage: str, part: str) -> bool:
+        return self.path(stage, part).is_dir()
+
+    def parts(self, stage: str) -> list[str]:
+        """Names of the complete parts of a stage, sorted."""
+        folder = self.folder / stage
+        if not folder.is_dir():
+            return []
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    def write(
+        self,
+        stage: str,
+        part: str,
+        schema: pa.Schema,
+        records: Iterable[dict[str, Any]],
+        drops: Iterable[Drop],
+        num_read: int,
+    ) -> None:
+        """Writes a part, atomically: after a crash it is there whole, or not at all."""
+        final = self.path(stage, part)
+        unfinished = final.parent / f".{part}"
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
+        unfinished.mkdir(parents=True)
+        records, drops = list(records), [dataclasses.asdict(drop) for drop in drops]
+        pq.write_table(pa.Table.from_pylist(records, schema), unfinished / "rows.parquet", compression="zstd")
+        pq.write_table(pa.Table.from_pylist(drops, DROP_SCHEMA), unfinished / "drops.parquet", compression="zstd")
+        counts = {"num_read": num_read, "num_rows": len(records), "num_drops": len(drops)}
+        (unfinished / "part.json").write_text(json.dumps(counts), encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            _flush(path)
+        os.rename(unfinished, final)
+        _flush(final.parent)
+
+    def counts(self, stage: str, part: str) -> dict[str, int]:
+        """`num_read`, `num_rows` and `num_drops` of a complete part."""
+        return json.loads((self.path(stage, part) / "part.json").read_text(encoding="utf-8"))
+
+    def records(self, stage: str, part: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of a complete part, a few in memory at a time."""
+        with pq.ParquetFile(self.path(stage, part) / "rows.parquet") as file:
+            for batch in file.iter_batches(batch_size=16, columns=columns):
+                yield from batch.to_pylist()
+
+    def drops(self, stage: str, part: str) -> Iterator[Drop]:
+        """What a stage left out of a complete part."""
+        with pq.ParquetFile(self.path(stage, part) / "drops.parquet") as file:
+            for batch in file.iter_batches():
+                yield from (Drop(**record) for record in batch.to_pylist())
+
+    def remove(self, stage: str, part: str | None = None) -> None:
+        """Forgets a part, or all that there is of a stage."""
+        shutil.rmtree(self.folder / stage if part is None else self.path(stage, part), ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

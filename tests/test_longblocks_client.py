@@ -1,0 +1,279 @@
+"""Requests to a real HTTP server that misbehaves on schedule: what is retried, what fails, what is never paid twice."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from chat_server import FAULTS, ChatServer, Fault, chat_body
+from dgrpo_trl.longblocks.client import (
+    ChatClient,
+    Completion,
+    RequestCache,
+    RequestFailed,
+    ServerConfig,
+    ServerRefused,
+)
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+FAST = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 5, "max_outage_seconds": 0.5}
+
+
+def messages(text):
+    return [{"role": "user", "content": str(text)}]
+
+
+def make_client(server_or_url, path, **options):
+    url = server_or_url if isinstance(server_or_url, str) else server_or_url.url
+    config = ServerConfig(**{"base_url": url, "model": "m", **FAST, **options})
+    return ChatClient(config, RequestCache(path))
+
+
+def ask(client, prompts=(HELLO,), **options):
+    """Replies to all prompts at once, or the errors; and the client's counts."""
+
+    async def run():
+        async with client:
+            return await asyncio.gather(
+                *(client.complete(prompt, **{"max_tokens": 16, **options}) for prompt in prompts),
+                return_exceptions=True,
+            )
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_passes_is_tried_again(fault, tmp_path):
+    with ChatServer(lambda request, times: FAULTS[fault] if times == 0 else "fine") as server:
+        client = make_client(server, tmp_path / "cache")
+        (completion,) = ask(client)
+    assert completion == Completion("fine", None, "stop", "m")
+    assert client.stats.num_sent == 2 and client.stats.retries.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "num_sent"),
+    [
+        (FAULTS["rate_limited"], "rate_limited", 4),
+        (FAULTS["server_error"], "server_error", 4),
+        (FAULTS["closed"], "connection_closed", 4),
+        (Fault(seconds=0.5), "timeout", 4),
+        (FAULTS["not_json"], "malformed_reply", 3),
+        (FAULTS["html"], "malformed_reply", 3),
+        (FAULTS["garbage"], "malformed_reply", 3),
+        (Fault(200, b"{}"), "empty_reply", 3),
+        (Fault(200, b'{"choices": [{}]}'), "malformed_reply", 3),
+        (Fault(200, chat_body(None, tool_calls=[{"id": "1"}])), "malformed_reply", 3),
+        (Fault(200, chat_body(["a"])), "malformed_reply", 3),
+        (FAULTS["no_choices"], "empty_reply", 3),
+        (FAULTS["no_text"], "empty_reply", 3),
+        (Fault(200, chat_body("<think>so</think>  ")), "empty_reply", 3),
+        (FAULTS["truncated"], "truncated", 3),
+        (FAULTS["thinks_on"], "truncated", 3),
+        (Fault(200, chat_body(None, refusal="no")), "refused_content", 1),
+        (Fault(200, chat_body("", "content_filter")), "refused_content", 1),
+        (Fault(400, b'{"error": {"message": "maximum context length is 8"}}'), "context_overflow", 1),
+        (Fault(422, b'{"error": {"message": "what?"}}'), "bad_request", 1),
+    ],
+)
+def test_what_stays_fails_by_name_after_so_many_tries(fault, reason, num_sent, tmp_path):
+    with ChatServer(lambda request, times: fault) as server:
+        client = make_client(server, tmp_path / "cache", max_retries=3, timeout_seconds=0.2 if fault.seconds else 5)
+        (error,) = ask(client)
+    assert isinstance(error, RequestFailed) and error.reason == reason
+    assert client.stats.num_sent == num_sent
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_everybody_ends_the_run(status, tmp_path):
+    with ChatServer(lambda request, times: Fault(status)) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache", api_key_env="MY_KEY"))
+    assert isinstance(error, ServerRefused)
+    assert "MY_KEY" in str(error) and "'m'" in str(error) and str(status) in str(error)
+
+
+def test_bad_requests_from_the_start_end_the_run_but_not_after_a_good_one(tmp_path):
+    def reply(request, times):
+        return "fine" if request["messages"][0]["content"] == "good" else Fault(400)
+
+    with ChatServer(reply) as server:
+        errors = ask(make_client(server, tmp_path / "a", max_concurrency=1), [messages(n) for n in range(8)])
+        assert [type(error) for error in errors] == [RequestFailed] * 7 + [ServerRefused]
+        prompts = [messages("good"), *(messages(n) for n in range(8))]
+        _, *errors = ask(make_client(server, tmp_path / "b", max_concurrency=1), prompts)
+        assert {type(error) for error in errors} == {RequestFailed}
+
+
+def test_the_reasoning_is_kept_apart(tmp_path):
+    bodies = {
+        "both tags": chat_body("<think>a < b</think>\nfine"),
+        "one tag": chat_body("a < b</think>fine"),
+        "own field": chat_body("fine", reasoning_content="a < b"),
+        "newer field": chat_body("fine", reasoning="a < b"),
+    }
+    with ChatServer(lambda request, times: bodies[request["messages"][0]["content"]]) as server:
+        completions = ask(make_client(server, tmp_path / "cache"), [messages(name) for name in bodies])
+    assert {(c.text, c.thinking) for c in completions} == {("fine", "a < b")}
+
+
+def test_a_finished_request_is_never_sent_again(tmp_path):
+    with ChatServer(lambda request, times: f"reply {request['messages'][0]['content']}") as server:
+        prompts = [messages(n % 5) for n in range(20)]  # equal ones in flight at once are one
+        first = ask(make_client(server, tmp_path / "cache"), prompts)
+        client = make_client(server, tmp_path / "cache")
+        again = ask(client, prompts)
+        assert len(server.requests) == 5
+    assert first == again and client.stats.num_sent == 0
+
+
+def test_what_decides_a_reply_is_part_of_the_key_and_the_address_is_not(tmp_path):
+    with ChatServer(lambda request, times: "one") as server, ChatServer(lambda request, times: "two") as other:
+        ask(make_client(server, tmp_path / "cache"))
+        assert ask(make_client(other, tmp_path / "cache"))[0].text == "one"
+        for change in ({"temperature": 0.5}, {"model": "n"}, {"seed": 1}, {"extra_body": {"top_k": 3}}):
+            assert ask(make_client(other, tmp_path / "cache", **change))[0].text == "two", change
+        for change in ({"sample": 1}, {"max_tokens": 17}, {"schema": {"type": "object"}}):
+            assert ask(make_client(other, tmp_path / "cache"), **change)[0].text == "two", change
+
+
+def test_replies_in_the_files_of_other_processes_are_found(tmp_path):
+    with ChatServer(lambda request, times: "one") as server:
+        ask(make_client(server, tmp_path / "first"))
+        config = ServerConfig(base_url=server.url, model="m")
+        (completion,) = ask(ChatClient(config, RequestCache(tmp_path / "second", [tmp_path / "first"])))
+        assert completion.text == "one" and len(server.requests) == 1
+
+
+def test_a_file_that_is_no_cache_is_named(tmp_path):
+    (tmp_path / "cache").write_bytes(b"not a database, but long enough to be looked at" * 30)
+    with pytest.raises(ValueError, match="cache of requests .*cannot be opened.*Restore it"):
+        RequestCache(tmp_path / "cache")
+
+
+def test_no_more_requests_are_in_flight_than_allowed(tmp_path):
+    with ChatServer(lambda request, times: Fault(200, chat_body("fine"), seconds=0.02)) as server:
+        ask(make_client(server, tmp_path / "cache", max_concurrency=5), [messages(n) for n in range(40)])
+        assert server.max_active == 5
+
+
+def test_fewer_requests_are_in_flight_after_status_429(tmp_path):
+    with ChatServer(lambda request, times: FAULTS["rate_limited"] if times == 0 else "fine") as server:
+        client = make_client(server, tmp_path / "cache", max_concurrency=16)
+        assert {c.text for c in ask(client, [messages(n) for n in range(16)])} == {"fine"}
+        assert 8 <= client._slots.size < 16
+
+
+def test_requests_a_minute_are_limited(tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        started = time.monotonic()
+        ask(make_client(server, tmp_path / "cache", requests_per_minute=1200), [messages(n) for n in range(5)])
+        assert time.monotonic() - started >= 4 * 60 / 1200
+
+
+def test_a_prompt_that_does_not_fit_is_not_sent(tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        client = make_client(server, tmp_path / "cache", max_model_tokens=100)
+        fits, too_long = ask(client, [messages("x" * 40), messages("x" * 60)])
+        assert fits.text == "fine"
+        assert too_long.reason == "context_overflow" and "of 100" in too_long.detail
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "key"), [("json_schema", "response_format"), ("vllm", "structured_outputs"), ("none", None)]
+)
+def test_a_schema_goes_to_the_server_in_its_form(mode, key, tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        ask(make_client(server, tmp_path / "cache", structured_output=mode), schema={"type": "object"})
+        sent = {"response_format", "structured_outputs"} & set(server.requests[0])
+    assert sent == ({key} if key else set())
+
+
+def test_a_server_without_schemas_is_asked_without(tmp_path):
+    def reply(request, times):
+        refusal = Fault(400, b'{"error": {"message": "response_format is not supported"}}')
+        return refusal if "response_format" in request else "fine"
+
+    with ChatServer(reply) as server:
+        client = make_client(server, tmp_path / "cache", structured_output="auto", max_concurrency=1)
+        completions = ask(client, [messages(n) for n in range(4)], schema={"type": "object"})
+        assert [c.text for c in completions] == ["fine"] * 4
+        assert sum("response_format" in request for request in server.requests) == 1
+
+
+def test_a_server_that_comes_back_is_waited_for(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ChatServer.__new__(ChatServer)
+
+    def start_late():
+        time.sleep(0.3)
+        ChatServer.__init__(server, lambda request, times: "fine", port)
+        server.__enter__()
+
+    thread = threading.Thread(target=start_late)
+    thread.start()
+    (completion,) = ask(make_client(f"http://127.0.0.1:{port}/v1", tmp_path / "cache", max_outage_seconds=20))
+    thread.join()
+    server.__exit__()
+    assert completion.text == "fine"
+
+
+def test_a_server_that_stays_away_ends_the_run(tmp_path):
+    (error,) = ask(make_client("http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=0.1))
+    assert isinstance(error, ServerRefused) and "cannot be reached" in str(error) and "kept" in str(error)
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "a-secret")
+    with ChatServer(lambda request, times: "fine") as server:
+        client = make_client(server, tmp_path / "cache", api_key_env="MY_KEY")
+        ask(client)
+        assert server.headers[0]["authorization"] == "Bearer a-secret"
+    assert "a-secret" not in client.config.model_dump_json()
+    assert all(b"a-secret" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+CRASHING = """
+import asyncio, sys
+from dgrpo_trl.longblocks.client import ChatClient, RequestCache, ServerConfig
+async def main(url, path):
+    async with ChatClient(ServerConfig(base_url=url, model="m", max_concurrency=8), RequestCache(path)) as client:
+        async def one(n):
+            await client.complete([{"role": "user", "content": str(n)}], max_tokens=8)
+            print(n, flush=True)
+        await asyncio.gather(*(one(n) for n in range(300)))
+from pathlib import Path
+asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
+"""
+
+
+def test_what_was_finished_before_a_kill_is_there_after_it(tmp_path):
+    path = tmp_path / "cache"
+    with ChatServer(lambda request, times: Fault(200, chat_body("fine"), seconds=0.01)) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CRASHING, server.url, str(path)], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+        )
+        finished = {process.stdout.readline().strip() for _ in range(60)}
+        process.send_signal(signal.SIGKILL)
+        finished |= {line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")}
+        process.wait()
+        client = make_client(server, path)
+        ask(client, [messages(n) for n in finished], max_tokens=8)
+    assert len(finished) >= 60 and client.stats.num_sent == 0
+
+
+def test_text_that_is_no_unicode_does_not_stop_the_run(tmp_path):
+    body = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "a \ud800 b"}}]})
+    with ChatServer(lambda request, times: Fault(200, body.encode())) as server:
+        (completion,) = ask(make_client(server, tmp_path / "cache"))
+    assert completion.text == "a ? b"
