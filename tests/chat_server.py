@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine that answers by a function, and misbehaves where the function says so."""
+"""An OpenAI-compatible server on this machine that answers by a function, and misbehaves where that says so."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Requests to a real HTTP server that misbehaves on schedule: what is retried, what fails, what is never paid twice."""
+"""Requests to a real HTTP server that misbehaves on schedule: what is retried, what fails, what is paid once."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ import threading
 import time
 
 import pytest
-
 from chat_server import FAULTS, ChatServer, Fault, chat_body
+
 from dgrpo_trl.longblocks.client import (
     ChatClient,
     Completion,

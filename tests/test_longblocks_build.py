@@ -1,0 +1,448 @@
+"""The builder as a whole: what comes out, what a crash, a fault or a changed configuration does, and who may share."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from chat_server import FAULTS, ChatServer
+from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
+from dgrpo_trl.longblocks.build import ordered_map
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "build_longblocks.py"
+WORDS = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle".split()
+
+
+def paragraph(rng):
+    sentences = []
+    for _ in range(6):
+        a, b, c = rng.sample(WORDS, 3)
+        sentences.append(f"The {a} stood near the {b}, and in the evening nobody spoke of the {c} any more.")
+    return " ".join(sentences)
+
+
+def write_documents(folder, number, num_paragraphs=12):
+    path = folder / "documents.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(number):
+            rng = random.Random(index)
+            text = "\n\n".join(f"Chapter {index}.{n}. {paragraph(rng)}" for n in range(num_paragraphs))
+            file.write(json.dumps({"id": f"doc-{index}", "text": text}) + "\n")
+    return path
+
+
+def write_config(folder, documents, **sections):
+    values = {
+        "name": "test",
+        "documents_per_part": 4,
+        "sources": [
+            {"type": "jsonl", "name": "made", "paths": [str(documents)], "id_column": "id", "language": "en"},
+        ],
+        "cleaning": {"min_tokens": 100},
+        "questions": {"engine": "rule", "lengths": [900], "rows_per_document": 2},
+        **sections,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def rows_of(folder):
+    files = sorted((folder / "dataset" / "data").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def build(config, folder, stages=STAGES, **options):
+    return Builder(load_config(config), folder).run(stages, **options)
+
+
+def write_reply(request, times):
+    """What a good writer says: a question on the first two blocks that it is shown."""
+    prompt = request["messages"][0]["content"]
+    key = sum(map(ord, prompt)) % 9973
+    return json.dumps(
+        {"question": f"What is told of number {key}?", "answer": f"Tale {key}.", "evidence": ["B1", "B2"]}
+    )
+
+
+def llm_sections(url):
+    server = {
+        "base_url": url,
+        "model": "m",
+        "max_concurrency": 16,
+        "backoff_seconds": 0.001,
+        "max_backoff_seconds": 0.01,
+        "max_retries": 8,
+    }
+    return {
+        "servers": {"writer": server, "teacher": {**server, "model": "family/Teacher-1"}},
+        "questions": {"engine": "llm", "server": "writer", "questions_per_document": 2},
+        "responses": {"teachers": [{"server": "teacher", "max_tokens": 64}]},
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """One build by rule: its folder and its summary."""
+    folder = tmp_path_factory.mktemp("built")
+    config = write_config(folder, write_documents(folder, 10))
+    return folder, build(config, folder / "out")
+
+
+def test_every_document_gives_rows_that_hold_together(built):
+    folder, summary = built
+    rows = rows_of(folder / "out")
+    assert len(rows) == summary["stages"]["mixing"]["kept"] >= 12
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row)[:6] == ["id", "document", "source", "language", "question", "answer"]
+        for evidence in row["evidence"]:
+            assert row["document"][evidence["start"] : evidence["end"]].strip()
+        assert all(check["passed"] and check["reason"] for check in row["checks"])
+
+
+def test_nothing_is_left_out_without_a_reason(built):
+    _, summary = built
+    stages = summary["stages"]
+    for before, after in (("sources", "deduplication"), ("verification", "responses"), ("decontamination", "mixing")):
+        assert stages[before]["kept"] == stages[after]["kept"] + sum(stages[after]["dropped"].values())
+    assert stages["questions"]["kept"] + sum(stages["questions"]["dropped"].values()) == 2 * 10
+
+
+def test_the_card_and_the_loader_read_what_was_built(built):
+    folder, _ = built
+    card = (folder / "out" / "dataset" / "README.md").read_text(encoding="utf-8")
+    assert "made" in card and "engine: rule" in card
+    rows = load_longblocks(folder / "out" / "dataset")
+    assert len(rows) == len(rows_of(folder / "out")) and {"prompt", "answer", "teacher_prompt"} <= set(
+        rows.column_names
+    )
+
+
+def test_a_second_run_does_nothing_and_a_new_one_gives_the_same(built, tmp_path):
+    folder, summary = built
+    config = folder / "config.yaml"
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "work").rglob("rows.parquet")}
+    assert build(config, folder / "out") == summary
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "out" / "work").rglob("rows.parquet")}
+    build(config, tmp_path / "again")
+    assert rows_of(tmp_path / "again") == rows_of(folder / "out")
+
+
+def test_stages_run_one_by_one_give_the_same(built, tmp_path):
+    folder, _ = built
+    for stage in STAGES:
+        build(folder / "config.yaml", tmp_path / "out", [stage])
+    assert rows_of(tmp_path / "out") == rows_of(folder / "out")
+
+
+def test_a_stage_without_the_one_before_is_refused(built, tmp_path):
+    folder, _ = built
+    with pytest.raises(ValueError, match="'made' has not been read to its end.*'sources' first"):
+        build(folder / "config.yaml", tmp_path, ["blocks"])
+    build(folder / "config.yaml", tmp_path, ["sources"])
+    with pytest.raises(ValueError, match="has not been through the stage 'deduplication'"):
+        build(folder / "config.yaml", tmp_path, ["blocks"])
+
+
+def test_a_changed_configuration_is_refused_unless_told(tmp_path):
+    documents = write_documents(tmp_path, 4)
+    build(write_config(tmp_path, documents), tmp_path / "out")
+    changed = write_config(tmp_path, documents, questions={"engine": "rule", "lengths": [900], "rows_per_document": 1})
+    with pytest.raises(ValueError, match="stage 'questions' differs .* in `questions`.*--restart_from questions"):
+        build(changed, tmp_path / "out")
+    summary = build(changed, tmp_path / "out", restart_from="questions")
+    assert summary["stages"]["questions"]["kept"] + sum(summary["stages"]["questions"]["dropped"].values()) == 4
+
+
+def test_shards_together_give_what_one_process_gives(built, tmp_path):
+    folder, _ = built
+    config = load_config(folder / "config.yaml")
+    for stages in (["sources"], ["deduplication"], STAGES[2:7], STAGES[7:]):
+        if stages[0] in ("deduplication", "mixing"):
+            Builder(config, tmp_path).run(stages)
+            continue
+        for shard in range(3):
+            Builder(config, tmp_path, shard, 3).run(stages)
+    assert rows_of(tmp_path) == rows_of(folder / "out")
+    with pytest.raises(ValueError, match="'mixing' sees all parts at once"):
+        Builder(config, tmp_path, 0, 3).run(["mixing"])
+    with pytest.raises(ValueError, match="`shard` is 3 of 3"):
+        Builder(config, tmp_path, 3, 3)
+
+
+def test_two_builders_do_not_share_a_folder(built):
+    folder, _ = built
+    builder = Builder(load_config(folder / "config.yaml"), folder / "out")
+    other = f"""
+import sys, time
+from filelock import FileLock
+with FileLock({str(builder.store.folder / ".lock-0-of-1")!r}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(RuntimeError, match="Another process builds in"):
+        builder.run()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"qestions": 1}, "`qestions`"),
+        ({"questions": {"engine": "rule", "lenghts": [1]}}, "lenghts"),
+        ({"questions": {"engine": "llm", "server": "nobody"}}, "'nobody', which is not among `servers`"),
+        ({"verification": {"grounded": True}}, "`answerer` is not given"),
+        ({"mixing": {"shares": {"counting": 0.5}}}, "add up to 0.5"),
+        ({"sources": []}, "`sources`"),
+        ({"name": "../elsewhere"}, "`name`"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_named(sections, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_config(write_config(tmp_path, tmp_path / "none", **sections))
+
+
+def test_keys_can_be_set_from_the_command_line(tmp_path):
+    config = write_config(tmp_path, tmp_path / "none")
+    loaded = load_config(config, ["questions.seed=7", "sources.0.max_documents=3", "mixing.max_rows=2"])
+    assert (loaded.questions.seed, loaded.sources[0].max_documents, loaded.mixing.max_rows) == (7, 3, 2)
+    for override in ("questions", "sources.9.name=x", "name.x=1"):
+        with pytest.raises(ValueError, match="--set"):
+            load_config(config, [override])
+
+
+def test_a_source_that_is_not_there_is_seen_before_anything_is_built(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        build(write_config(tmp_path, tmp_path / "nowhere.jsonl"), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_only_some_rows_stay_where_the_mix_says_so(tmp_path):
+    documents = write_documents(tmp_path, 12)
+    shares = {"counting": 0.5, "key_chain": 0.5}
+    questions = {"engine": "rule", "lengths": [900], "rows_per_document": 3, "tasks": {"counting": 1, "key_chain": 1}}
+    config = write_config(tmp_path, documents, questions=questions, mixing={"shares": shares, "max_rows": 10})
+    build(config, tmp_path / "out")
+    assert Counter(row["task"] for row in rows_of(tmp_path / "out")) == {"counting": 5, "key_chain": 5}
+
+
+def test_duplicates_and_contaminated_rows_leave_by_name(tmp_path):
+    documents = write_documents(tmp_path, 6)
+    lines = documents.read_text(encoding="utf-8").splitlines()
+    documents.write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    config = write_config(tmp_path, documents)
+    build(config, tmp_path / "first")
+    leaked = rows_of(tmp_path / "first")[0]["question"]
+    (tmp_path / "evaluation.txt").write_text(leaked.replace("\n", " "), encoding="utf-8")
+    against = [{"name": "leaked", "path": str(tmp_path / "evaluation.txt")}]
+    tight = write_config(tmp_path, documents, decontamination={"against": against, "ngram_words": 200})
+    summary = build(tight, tmp_path / "second")
+    assert summary["stages"]["deduplication"]["dropped"] == {"exact_duplicate": 1}
+    assert summary["stages"]["decontamination"]["dropped"] == {"contaminated": 1}
+    assert leaked not in {row["question"] for row in rows_of(tmp_path / "second")}
+
+
+def test_texts_that_may_not_be_shared_are_not_published(tmp_path):
+    documents = write_documents(tmp_path, 4)
+    source = {
+        "type": "jsonl",
+        "name": "books",
+        "paths": [str(documents)],
+        "id_column": "id",
+        "language": "en",
+        "may_redistribute": False,
+    }
+    tasks = {"counting": 1.0}  # changes no text, so that the reader can put it together
+    with ChatServer(write_reply) as server:
+        config = write_config(tmp_path, documents, sources=[source], **llm_sections(server.url))
+        build(config, tmp_path / "llm")
+    rows = rows_of(tmp_path / "llm")
+    assert rows and all(row["document"] is None and row["id"].startswith("doc-") for row in rows)
+    assert all(len(row["document_sha256"]) == 64 for row in rows)
+    questions = {"engine": "rule", "lengths": [900], "tasks": tasks}
+    with pytest.raises(ValueError, match="no row"):  # a window is a text of its own
+        build(write_config(tmp_path, documents, sources=[source], questions=questions), tmp_path / "rule")
+
+
+# --- With a server
+
+
+def test_faults_are_survived_counted_and_never_silent(tmp_path):
+    """A server that fails in every way it can, for each request once, and for some always."""
+    names = list(FAULTS)
+
+    def reply(request, times):
+        prompt = request["messages"][0]["content"]
+        if request["model"] == "m" and sum(map(ord, prompt)) % 11 == 0:
+            return FAULTS["server_error"]  # this one never works
+        return FAULTS[names[sum(map(ord, prompt)) % len(names)]] if times == 0 else write_reply(request, times)
+
+    with ChatServer(reply) as server:
+        config = write_config(tmp_path, write_documents(tmp_path, 12), **llm_sections(server.url))
+        summary = build(config, tmp_path / "out")
+    questions = summary["stages"]["questions"]
+    assert questions["kept"] + sum(questions["dropped"].values()) == 24
+    assert questions["dropped"].get("server_error", 0) >= 1
+    assert all(row["response_Teacher-1"] for row in rows_of(tmp_path / "out"))
+
+
+def test_what_a_fault_left_out_can_be_asked_again(tmp_path):
+    works = threading.Event()
+
+    def reply(request, times):
+        return write_reply(request, times) if works.is_set() or times % 2 else FAULTS["server_error"]
+
+    with ChatServer(reply) as server:
+        sections = llm_sections(server.url)
+        sections["servers"]["writer"]["max_retries"] = 0
+        sections["servers"]["teacher"]["max_retries"] = 0
+        config = write_config(tmp_path, write_documents(tmp_path, 6), **sections)
+        first = build(config, tmp_path / "out", STAGES[:4])
+        assert first["stages"]["questions"]["dropped"] == {"server_error": 12}
+        works.set()
+        num_asked = len(server.requests)
+        second = build(config, tmp_path / "out", STAGES[:4], retry_failed=True)
+        assert second["stages"]["questions"] == {"kept": 12, "dropped": {}}
+        assert len(server.requests) == num_asked + 12
+
+
+def test_a_poor_writer_is_rejected_row_by_row(tmp_path):
+    def reply(request, times):
+        prompt = request["messages"][0]["content"]
+        if request["model"] == "judge":
+            return "It is not clear.\nVERDICT: REJECT"
+        if "Reply with one JSON object" in prompt:
+            return json.dumps(
+                {"question": "What is the answer to the question?", "answer": "the question", "evidence": ["B1", "B2"]}
+            )
+        return "The answer to the question is the answer to the question."
+
+    with ChatServer(reply) as server:
+        sections = llm_sections(server.url)
+        sections["servers"]["judge"] = {**sections["servers"]["writer"], "model": "judge"}
+        verification = {
+            "answerer": "writer",
+            "judge": "judge",
+            "grounded": True,
+            "judged": True,
+            "not_closed_book": True,
+        }
+        config = write_config(tmp_path, write_documents(tmp_path, 6), verification=verification, **sections)
+        summary = build(config, tmp_path / "out", STAGES[:5])
+    verification = summary["stages"]["verification"]
+    assert (
+        verification["kept"] == 0 and sum(verification["dropped"].values()) == summary["stages"]["questions"]["kept"]
+    )
+    reasons = {"answer_in_question", "not_grounded", "closed_book", "judge_rejected"}
+    assert set(verification["dropped"]) <= reasons
+
+
+def test_a_build_killed_again_and_again_is_the_undisturbed_one(tmp_path):
+    """Kill -9 at 30 random moments: the same rows, none twice, and no finished request paid for twice."""
+    lock = threading.Lock()
+    sent_whole = Counter()
+
+    def reply(request, times):
+        time.sleep(0.002)
+        answer = write_reply(request, times)
+        with lock:
+            sent_whole[json.dumps(request, sort_keys=True)] += 1
+        return answer
+
+    documents = write_documents(tmp_path, 60, num_paragraphs=8)
+    with ChatServer(reply) as server:
+        config = write_config(tmp_path, documents, **llm_sections(server.url))
+        command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir"]
+        subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+        num_requests = len(sent_whole)
+        sent_whole.clear()
+        rng, num_kills, in_flight = random.Random(0), 0, 0
+        while num_kills < 30:
+            process = subprocess.Popen(
+                [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                process.wait(rng.uniform(0.9, 2.6))
+                assert process.returncode == 0
+                # Finished: take the last stages away, and more of them each time
+                folder = tmp_path / "killed" / "work"
+                for stage in rng.sample(["questions", "responses", "verification", "mixing", "blocks"], 2):
+                    parts = sorted((folder / stage).iterdir())
+                    for part in rng.sample(parts, len(parts) // 2):
+                        os.rename(part, part.with_name(f".{part.name}"))  # as a kill leaves it
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                num_kills += 1
+                in_flight += 16
+        subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    assert len(sent_whole) == num_requests
+    # What was in flight when a process died was not finished; nothing else is asked again
+    assert sum(sent_whole.values()) - num_requests <= in_flight
+
+
+def test_a_build_by_rule_killed_again_and_again_is_the_undisturbed_one(tmp_path):
+    documents = write_documents(tmp_path, 120, num_paragraphs=10)
+    config = write_config(tmp_path, documents)
+    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    rng, num_kills = random.Random(1), 0
+    while num_kills < 4:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(rng.uniform(1.0, 2.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            num_kills += 1
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert num_kills >= 1 and rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+
+
+def test_results_come_in_order_with_so_many_under_way():
+    under_way = most = 0
+
+    async def work(number):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001 * (number % 3))
+        under_way -= 1
+        return number
+
+    async def run():
+        return [result async for result in ordered_map(work, range(40), 5)]
+
+    assert asyncio.run(run()) == list(range(40))
+    assert most == 5
+
+
+def test_the_script_names_a_mistake_in_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nquestions: {engine: none}\n")
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(tmp_path / "bad.yaml"), "--dry_run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "mistakes" in result.stderr and "`questions" in result.stderr and "`sources`" in result.stderr
