@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-
 from chat_server import FAULTS, ChatServer
+
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
 from dgrpo_trl.longblocks.build import ordered_map
 

@@ -1,4 +1,4 @@
-"""Cleaning: a reason for each document that leaves, what is done to the others, and that doing it twice is doing it once."""
+"""Cleaning: a reason for each document that leaves, what is done to the others, and that twice is as good as once."""
 
 import pytest
 from hypothesis import given, settings
@@ -88,7 +88,8 @@ def test_code_keeps_its_characters_and_its_language():
 
 def test_the_text_between_the_marks_of_gutenberg_is_kept():
     book = f"{ENGLISH}\n\n" * 30
-    text = f"Header\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n{book}*** END OF THE PROJECT GUTENBERG EBOOK X ***\nTerms"
+    start, end = (f"*** {word} OF THE PROJECT GUTENBERG EBOOK X ***" for word in ("START", "END"))
+    text = f"Header\n{start}\n{book}{end}\nTerms"
     assert strip_gutenberg(text).strip() == book.strip()
     assert strip_gutenberg(book) == book
 
