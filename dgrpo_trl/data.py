@@ -1,12 +1,13 @@
 """Data sets on their way into training: reading them, checking them, and documents that look like control tokens."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import is_conversational
+
+from .longblocks.cleaning import break_special_tokens
 
 
 Prompt = str | list[dict]
@@ -74,12 +75,7 @@ def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         `str`
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    literals = sorted((token for token in special if token in text and len(token) > 1), key=len, reverse=True)
-    if not literals:
-        return text
-    pattern = "|".join(re.escape(token) for token in literals)
-    return re.sub(pattern, lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+    return break_special_tokens(text, special | set(tokenizer.all_special_tokens))
 
 
 def escape_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:

@@ -10,11 +10,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from dgrpo_trl import DGRPOConfig
+from dgrpo_trl.longblocks import load_config
 
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml"))
-CONFIGS = [path for path in RECIPES if path.parent.name != "accelerate_configs"]
+BUILDS = [path for path in RECIPES if path.parent.name == "longblocks"]
+ACCELERATE = [path for path in RECIPES if path.parent.name == "accelerate_configs"]
+CONFIGS = sorted({*RECIPES} - {*BUILDS, *ACCELERATE})
 READMES = [ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")]
 
 
@@ -44,7 +47,14 @@ def test_a_recipe_is_parsed_by_its_own_parser(path):
     assert all(not str(value).startswith("/") for value in yaml.safe_load(text).values())
 
 
-@pytest.mark.parametrize("path", sorted(set(RECIPES) - set(CONFIGS)), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", BUILDS, ids=lambda path: path.name)
+def test_a_build_is_read_by_the_builder(path):
+    config = load_config(path)
+    assert config.name and config.publish.private and len(config.fingerprint) == 16
+    assert load_config(path, ["questions.seed=1"]).fingerprint != config.fingerprint
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
 def test_an_accelerate_config_is_read_by_accelerate(path):
     assert load_config_from_file(str(path)).num_processes >= 1
 

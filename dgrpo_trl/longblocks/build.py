@@ -17,6 +17,7 @@
 import asyncio
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing
@@ -212,9 +213,7 @@ class Builder:
                     f"give another `--output_dir`, or run with `--restart_from {stage}`, which makes this stage and "
                     "the later ones again and keeps the finished requests."
                 )
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(current, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        _write_whole(path, current)
 
     def _forget(self, stage: str) -> None:
         if stage not in STAGES:
@@ -364,7 +363,7 @@ class Builder:
                 if inputs is None:
                     return part, None
                 records, drops = await work(*inputs)
-                self.progress.advance(len(records), drops, " ".join(str(client.stats) for client in clients))
+                self.progress.advance(len(records), drops, lambda: " ".join(str(client.stats) for client in clients))
                 return part, (records, drops)
 
             records, drops, num_read = [], [], 0
@@ -569,7 +568,7 @@ class Builder:
             "output_dir": str(self.output_dir),
             "stages": stages,
         }
-        (self.output_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        _write_whole(self.output_dir / "summary.json", summary)
         return summary
 
     def check(self) -> None:
@@ -583,3 +582,10 @@ class Builder:
             sources.check_source(source)
         self._decontaminator  # noqa: B018
         logger.info(f"{self.config.name}: the configuration and {len(self.config.sources)} sources are in order.")
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    """Writes JSON so that nobody reads half of it, and processes that share a folder do not disturb each other."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    unfinished.replace(path)

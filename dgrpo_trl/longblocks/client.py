@@ -35,6 +35,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
 import openai
 from aiolimiter import AsyncLimiter
 from pydantic import Field
@@ -390,13 +391,11 @@ class ChatClient:
             self.stats.num_sent += 1
             self.stats.num_in_flight += 1
             try:
-                reply = await asyncio.wait_for(  # the client's own timeout restarts with every byte that comes
-                    self._client.chat.completions.create(
+                with anyio.fail_after(self.config.timeout_seconds):  # the client's own restarts with every byte
+                    reply = await self._client.chat.completions.create(
                         messages=messages, max_tokens=max_tokens, **self._options(structured, schema, sample)
-                    ),
-                    self.config.timeout_seconds,
-                )
-            except (openai.APITimeoutError, TimeoutError, asyncio.TimeoutError) as error:
+                    )
+            except (openai.APITimeoutError, TimeoutError) as error:
                 raise _Retryable("timeout", f"no reply in {self.config.timeout_seconds:g} s") from error
             except openai.APIConnectionError as error:
                 raise self._connection_error(error) from error

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Where nobody watches a terminal, a line a minute goes to the log instead
 SECONDS_BETWEEN_LINES = 60
+SECONDS_BETWEEN_UPDATES = 0.1
 
 
 class _RateColumn(ProgressColumn):
@@ -49,37 +50,47 @@ class Progress:
         )
         self._task = None
         self._stage = ""
-        self._num_kept = 0
+        self._num_kept = self._num_new = 0
         self._reasons: Counter[str] = Counter()
-        self._started = self._last_line = time.monotonic()
+        self._started = self._last_line = self._last_update = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.finish()
         self._bar.stop()
 
     def start(self, stage: str, total: int | None, num_done: int = 0) -> None:
         """Begins a stage of `total` items, unknown if `None`, of which earlier runs have done some."""
         self.finish()
-        self._stage, self._num_kept, self._reasons = stage, 0, Counter()
-        self._started = self._last_line = time.monotonic()
+        self._stage, self._num_kept, self._num_new, self._reasons = stage, 0, 0, Counter()
+        self._started = self._last_line = self._last_update = time.monotonic()
         self._task = self._bar.add_task(stage, total=total, completed=num_done, status="")
 
-    def advance(self, num_kept: int, drops: Iterable[Drop], status: str = "") -> None:
-        """Counts one item of the stage: what was kept of it, and what was left out."""
+    def advance(self, num_kept: int, drops: Iterable[Drop], status: Callable[[], str] = str) -> None:
+        """Counts one item of the stage: what was kept of it and what was left out; `status` says more, when shown."""
         self._num_kept += num_kept
+        self._num_new += 1
         self._reasons.update(drop.reason for drop in drops)
-        self._bar.update(self._task, advance=1, status=f"{self._counts()} {status}")
-        if not self._bar.console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_update > SECONDS_BETWEEN_UPDATES:
+            self._last_update = now
+            self._update(status())
+        if not self._bar.console.is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
             task = self._bar.tasks[-1]
-            logger.info(f"{self._stage}: {task.completed:.0f} of {task.total or '?'}, {self._counts()} {status}")
+            logger.info(f"{self._stage}: {task.completed:.0f} of {task.total or '?'}, {self._counts()} {status()}")
+
+    def _update(self, status: str = "") -> None:
+        self._bar.update(self._task, advance=self._num_new, status=f"{self._counts()} {status}")
+        self._num_new = 0
 
     def finish(self) -> None:
         """Ends the stage, with a line in the log."""
         if self._task is not None:
+            self._update()
             seconds = time.monotonic() - self._started
             logger.info(f"{self._stage}: {self._counts()} in {seconds:.1f} s")
         self._task = None

@@ -68,7 +68,7 @@ DROP_SCHEMA = pa.schema({field.name: pa.string() for field in dataclasses.fields
 
 
 def document_record(document: Document, signature: bytes | None) -> dict[str, Any]:
-    return {**dataclasses.asdict(document), "id": document.id, "signature": signature}
+    return {**vars(document), "id": document.id, "signature": signature}
 
 
 def document_of(record: dict[str, Any]) -> Document:
@@ -80,7 +80,13 @@ def blocks_of(record: dict[str, Any], text: str) -> list[Block]:
 
 
 def row_record(row: Row) -> dict[str, Any]:
-    return {**dataclasses.asdict(row), "id": row.id, "responses": json.dumps(row.responses, ensure_ascii=False)}
+    return {
+        **vars(row),  # not `asdict`, which copies everything below
+        "id": row.id,
+        "evidence": [vars(evidence) for evidence in row.evidence],
+        "checks": [vars(check) for check in row.checks],
+        "responses": json.dumps(row.responses, ensure_ascii=False),
+    }
 
 
 def row_of(record: dict[str, Any]) -> Row:
@@ -130,7 +136,7 @@ class Store:
         unfinished = final.parent / f".{part}"
         shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
         unfinished.mkdir(parents=True)
-        records, drops = list(records), [dataclasses.asdict(drop) for drop in drops]
+        records, drops = list(records), [vars(drop) for drop in drops]
         pq.write_table(pa.Table.from_pylist(records, schema), unfinished / "rows.parquet", compression="zstd")
         pq.write_table(pa.Table.from_pylist(drops, DROP_SCHEMA), unfinished / "drops.parquet", compression="zstd")
         counts = {"num_read": num_read, "num_rows": len(records), "num_drops": len(drops)}
@@ -152,6 +158,8 @@ class Store:
 
     def drops(self, stage: str, part: str) -> Iterator[Drop]:
         """What a stage left out of a complete part."""
+        if self.counts(stage, part)["num_drops"] == 0:
+            return
         with pq.ParquetFile(self.path(stage, part) / "drops.parquet") as file:
             for batch in file.iter_batches():
                 yield from (Drop(**record) for record in batch.to_pylist())
