@@ -183,6 +183,16 @@ def test_shards_together_give_what_one_process_gives(built, tmp_path):
         Builder(config, tmp_path, 3, 3)
 
 
+@pytest.mark.distributed
+def test_datatrove_shares_the_work_out(built, tmp_path):
+    folder, _ = built
+    pytest.importorskip("datatrove")
+    command = [sys.executable, str(SCRIPT.with_name("build_longblocks_cluster.py")), "--tasks", "2"]
+    command += ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert rows_of(tmp_path / "out") == rows_of(folder / "out")
+
+
 def test_two_builders_do_not_share_a_folder(built):
     folder, _ = built
     builder = Builder(load_config(folder / "config.yaml"), folder / "out")

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from dgrpo_trl.longblocks.client import (
     RequestFailed,
     ServerConfig,
     ServerRefused,
+    ServerUnavailable,
 )
 
 
@@ -62,7 +65,6 @@ def test_what_passes_is_tried_again(fault, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "reason", "num_sent"),
     [
-        (FAULTS["rate_limited"], "rate_limited", 4),
         (FAULTS["server_error"], "server_error", 4),
         (FAULTS["closed"], "connection_closed", 4),
         (Fault(seconds=0.5), "timeout", 4),
@@ -230,7 +232,7 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
 
 def test_a_server_that_stays_away_ends_the_run(tmp_path):
     (error,) = ask(make_client("http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=0.1))
-    assert isinstance(error, ServerRefused) and "cannot be reached" in str(error) and "kept" in str(error)
+    assert isinstance(error, ServerUnavailable) and "answered nobody" in str(error) and "kept" in str(error)
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch):
@@ -277,3 +279,209 @@ def test_text_that_is_no_unicode_does_not_stop_the_run(tmp_path):
     with ChatServer(lambda request, times: Fault(200, body.encode())) as server:
         (completion,) = ask(make_client(server, tmp_path / "cache"))
     assert completion.text == "a ? b"
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_server_that_puts_everybody_off_loses_no_request(status, tmp_path):
+    with ChatServer(lambda request, times: Fault(status) if time.monotonic() < end else "fine") as server:
+        end = time.monotonic() + 0.5
+        client = make_client(server, tmp_path / "cache", max_retries=2, max_outage_seconds=20)
+        completions = ask(client, [messages(n) for n in range(20)])
+    assert {completion.text for completion in completions} == {"fine"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_puts_everybody_off_for_too_long_ends_the_run(status, tmp_path):
+    with ChatServer(lambda request, times: Fault(status)) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache", max_outage_seconds=0.2))
+    assert isinstance(error, ServerUnavailable) and str(status) in str(error)
+
+
+@pytest.mark.parametrize("max_concurrency", [1, 4])
+def test_one_request_that_is_put_off_while_others_are_answered_fails_by_name(max_concurrency, tmp_path):
+    def reply(request, times):
+        return Fault(429) if request["messages"][0]["content"] == "large" else "fine"
+
+    prompts = [messages("large"), *(messages(n) for n in range(100))]
+    with ChatServer(reply) as server:
+        client = make_client(server, tmp_path / "cache", max_retries=1, max_concurrency=max_concurrency)
+        error, *completions = ask(client, prompts)
+    assert isinstance(error, RequestFailed) and error.reason == "rate_limited"
+    assert {type(completion) for completion in completions} == {Completion}
+
+
+def test_a_limited_rate_costs_time_and_no_request(tmp_path):
+    free_at = 0.0
+
+    def reply(request, times):
+        nonlocal free_at
+        now = time.monotonic()
+        if now < free_at:
+            return Fault(429, headers=(("Retry-After", f"{free_at - now + 0.001:.3f}"),))
+        free_at = now + 0.02
+        return "fine"
+
+    with ChatServer(reply) as server:
+        client = make_client(server, tmp_path / "cache", max_concurrency=16, max_outage_seconds=20)
+        completions = ask(client, [messages(n) for n in range(40)])
+    assert {type(completion) for completion in completions} == {Completion}
+
+
+def test_time_in_which_nobody_asks_is_no_outage(tmp_path):
+    client = make_client("http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=0.3)
+
+    async def run():
+        async with client:
+            await asyncio.sleep(0.4)
+            await client.complete(HELLO, max_tokens=8)
+
+    with pytest.raises(ServerUnavailable):
+        asyncio.run(run())
+    assert client.stats.num_sent > 2
+
+
+def test_the_back_off_grows_during_an_outage(tmp_path):
+    client = make_client(
+        "http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=1, backoff_seconds=0.02, max_backoff_seconds=9
+    )
+    ask(client)
+    assert client.stats.num_sent < 12
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "reason"),
+    [
+        (403, "Your input was flagged", "refused_content"),
+        (400, "blocked by the content_filter", "refused_content"),
+        (429, "Request too large for m", "context_overflow"),
+        (400, "the request exceeds the available context size", "context_overflow"),
+    ],
+)
+def test_the_words_of_a_server_tell_what_is_wrong_with_one_request(status, message, reason, tmp_path):
+    body = json.dumps({"error": {"message": message}}).encode()
+    with ChatServer(lambda request, times: Fault(status, body)) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache"))
+    assert isinstance(error, RequestFailed) and error.reason == reason
+
+
+def test_a_quota_that_is_used_up_ends_the_run(tmp_path):
+    body = b'{"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}'
+    with ChatServer(lambda request, times: Fault(429, body)) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache"))
+    assert isinstance(error, ServerRefused) and "quota" in str(error)
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "a-secret")
+    body = b'{"error": {"message": "Incorrect API key: a-secret"}}'
+    with ChatServer(lambda request, times: Fault(401, body)) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache", api_key_env="MY_KEY"))
+    assert "a-secret" not in str(error) and "MY_KEY is set" in str(error)
+
+
+def test_a_prompt_or_a_reasoning_that_is_no_unicode_does_not_stop_the_run(tmp_path):
+    with ChatServer(lambda request, times: chat_body("fine", reasoning="a \ud800 b")) as server:
+        (completion,) = ask(make_client(server, tmp_path / "cache"), [messages("a \ud800 b")])
+        assert server.requests[0]["messages"][0]["content"] == "a ? b"
+    assert completion.thinking == "a ? b"
+
+
+def test_a_tag_in_an_answer_whose_reasoning_came_apart_is_part_of_it(tmp_path):
+    with ChatServer(lambda request, times: chat_body("Write </think> to end it.", reasoning="so")) as server:
+        (completion,) = ask(make_client(server, tmp_path / "cache"))
+    assert completion == Completion("Write </think> to end it.", "so", "stop", "m")
+
+
+def test_a_reply_that_was_cut_is_not_drawn_again_at_temperature_0(tmp_path):
+    with ChatServer(lambda request, times: FAULTS["truncated"]) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache", temperature=0))
+        assert error.reason == "truncated" and len(server.requests) == 1
+
+
+def test_json_that_is_nested_too_deep_is_a_malformed_reply(tmp_path):
+    with ChatServer(lambda request, times: b"[" * 200_000) as server:
+        (error,) = ask(make_client(server, tmp_path / "cache"))
+    assert error.reason == "malformed_reply"
+
+
+def test_an_address_without_a_scheme_is_refused():
+    with pytest.raises(ValueError, match="base_url"):
+        ServerConfig(base_url="localhost:8000/v1", model="m")
+
+
+def test_the_longest_reply_goes_by_the_name_that_the_server_takes(tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        ask(make_client(server, tmp_path / "cache", max_tokens_key="max_completion_tokens"))
+        assert server.requests[0]["max_completion_tokens"] == 16 and "max_tokens" not in server.requests[0]
+
+
+def test_how_a_reply_was_held_to_its_schema_is_part_of_the_key(tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        for mode in ("json_schema", "none", "none"):
+            ask(make_client(server, tmp_path / "cache", structured_output=mode), schema={"type": "object"})
+        assert len(server.requests) == 2
+
+
+def test_files_of_other_processes_that_cannot_be_read_are_left_out(tmp_path, caplog):
+    (tmp_path / "corrupt").write_bytes(b"x" * 5000)
+    sqlite3.connect(tmp_path / "just made").execute("PRAGMA journal_mode=WAL")
+    others = [tmp_path / name for name in ("corrupt", "just made", "gone")]
+    with ChatServer(lambda request, times: "fine") as server:
+        config = ServerConfig(base_url=server.url, model="m")
+        assert ask(ChatClient(config, RequestCache(tmp_path / "cache", others)))[0].text == "fine"
+    assert [str(path) in caplog.text for path in others] == [True] * 3
+
+
+def test_a_lock_of_another_process_is_waited_for_and_holds_nothing_up(tmp_path):
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def run():
+        async with make_client(server, tmp_path / "cache") as client:
+            other = sqlite3.connect(tmp_path / "cache", isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            asyncio.get_running_loop().call_later(0.5, other.execute, "COMMIT")
+            ticking = asyncio.ensure_future(tick())
+            completion = await client.complete(HELLO, max_tokens=8)
+            ticking.cancel()
+            return completion
+
+    with ChatServer(lambda request, times: "fine") as server:
+        assert asyncio.run(run()).text == "fine"
+    assert ticks > 10
+
+
+def test_a_reply_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path):
+    async def run():
+        async with make_client(server, tmp_path / "cache") as client:
+            other = sqlite3.connect(tmp_path / "cache", isolation_level=None)
+            other.execute("DROP TABLE replies")
+            other.execute("CREATE TABLE replies (key, text, thinking, finish_reason, model)")
+            await client.complete(HELLO, max_tokens=8)
+
+    with ChatServer(lambda request, times: "fine") as server:
+        with pytest.raises(RuntimeError, match="cannot be written.*run again"):
+            asyncio.run(run())
+
+
+def test_killed_at_any_moment_and_shared_by_processes_the_file_holds_every_reply_that_was_seen(tmp_path):
+    path, rng, seen = tmp_path / "cache", random.Random(0), set()
+    with ChatServer(lambda request, times: Fault(200, chat_body("fine"), seconds=0.01)) as server:
+        for _ in range(2):
+            command = [sys.executable, "-c", CRASHING, server.url, str(path)]
+            processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+            for process in processes:
+                for _ in range(rng.randrange(1, 40)):
+                    seen.add(process.stdout.readline().strip())
+            for process in processes:
+                process.kill()
+                seen |= {line.strip() for line in process.stdout.readlines() if line.endswith("\n")}
+                process.wait()
+        client = make_client(server, path)
+        ask(client, [messages(n) for n in seen - {""}], max_tokens=8)
+    assert len(seen) > 2 and client.stats.num_sent == 0

@@ -11,12 +11,13 @@ again finds it there. Where a server was reached at decides nothing about a repl
 | `connection_closed` | the connection broke | with exponential back-off |
 | `malformed_reply` | not a chat completion, or a call of a tool | at most twice |
 | `empty_reply` | no choice, or no text | at most twice |
-| `truncated` | cut off at `max_tokens`, or within its reasoning | at most twice |
+| `truncated` | cut off at `max_tokens`, or within its reasoning | at most twice; not at temperature 0 |
 | `refused_content` | refused by the model or a content filter | no |
 | `context_overflow` | longer than the server's context | no; not sent where it can be known |
 | `bad_request` | any other status of 4xx | no |
 
-A server that cannot be reached at all is waited for; one that refuses everybody ends the run.
+No request is given up for a server that is gone (no connection), or that puts everybody off (429, 502, 503): it is
+waited for. One that stays away for `max_outage_seconds`, or refuses everybody, ends the run.
 """
 
 import asyncio
@@ -53,25 +54,44 @@ _TOKENS_PER_MESSAGE = 16
 # Replies that are wrong in themselves: the next may be better, but the tenth is not
 _MAX_CONTENT_RETRIES = 2
 _CONTENT_REASONS = ("malformed_reply", "empty_reply", "truncated")
+# The answers of a server that is starting, overloaded, or gone from behind its gateway
+_UNAVAILABLE_STATUSES = (429, 502, 503)
+# A shorter outage is not worth a line in the log
+_MIN_OUTAGE_SECONDS = 5
+# How long another process may hold the file of replies
+_MAX_LOCKED_SECONDS = 60
 # With so many requests refused, and none accepted, it is not a request that is wrong
 _MAX_REFUSED_AT_FIRST = 8
-_CONTEXT_ERROR = re.compile(r"context length|context window|max_model_len|maximum context|too many tokens", re.I)
+# How vLLM, SGLang, TGI, llama.cpp, OpenAI and gateways word it
+_CONTEXT_ERROR = re.compile(
+    r"context.?(length|window|size)|max_model_len|maximum (context|model length)|too many tokens|prompt is too long"
+    r"|request too large|max_new_tokens. must be|must be at least 1, got -",
+    re.I,
+)
+_CONTENT_ERROR = re.compile(r"flagged|moderation|content.?(filter|policy|management)", re.I)
 _SCHEMA_ERROR = re.compile(r"response_format|json_schema|structured|guided|grammar|schema", re.I)
 
 
 class ServerConfig(StrictModel):
     """A model behind an OpenAI-compatible server. The key is read from the environment and kept nowhere."""
 
-    base_url: str = Field(description="Address of the API, with its version: `http://localhost:8000/v1`.")
+    base_url: str = Field(
+        pattern="^https?://", description="Address of the API, with its version: `http://localhost:8000/v1`."
+    )
     model: str = Field(description="Name of the model at the server.")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if there is one.")
-    max_concurrency: int = Field(64, ge=1, description="Requests in flight at most; fewer while the server is busy.")
+    max_concurrency: int = Field(  # 1,000: the connections of the HTTP client
+        64, ge=1, le=1000, description="Requests in flight at most; fewer while the server is busy."
+    )
     requests_per_minute: float | None = Field(None, gt=0, description="Requests a minute at most. Default: no limit.")
     timeout_seconds: float = Field(600, gt=0, description="Longest time for one reply, all of it.")
     max_retries: int = Field(6, ge=0, description="Times that a request is tried again.")
     backoff_seconds: float = Field(1, gt=0, description="Wait before the first retry; doubled with each.")
     max_backoff_seconds: float = Field(60, gt=0, description="Longest wait before a retry.")
-    max_outage_seconds: float = Field(600, ge=0, description="How long to wait for a server that cannot be reached.")
+    max_outage_seconds: float = Field(600, ge=0, description="How long to wait for a server that answers nobody.")
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the server calls the longest reply; newer models of OpenAI take the second."
+    )
     max_model_tokens: int | None = Field(
         None,
         ge=1,
@@ -135,12 +155,17 @@ class RequestFailed(Exception):
 
 
 class ServerRefused(RuntimeError):
-    """The server refuses every request, or cannot be reached. What was finished is kept."""
+    """The server refuses every request. What was finished is kept."""
+
+
+class ServerUnavailable(ServerRefused):
+    """The server has answered nobody for `max_outage_seconds`. What was finished is kept."""
 
 
 class _Retryable(Exception):
-    def __init__(self, reason: str, detail: str, wait_seconds: float = 0.0):
+    def __init__(self, reason: str, detail: str, wait_seconds: float = 0.0, is_unavailable: bool = False):
         self.reason, self.detail, self.wait_seconds = reason, detail, wait_seconds
+        self.is_unavailable = is_unavailable  # says nothing about the request: others would meet the same
 
 
 @dataclass
@@ -160,51 +185,105 @@ class ClientStats:
 
 
 class RequestCache:
-    """Replies by a hash of the request, in an SQLite file that several processes may share.
+    """Replies by a hash of the request, in an SQLite file that several processes of one host may share.
 
     Args:
         path (`Path`):
             File to read and write; made if it is not there.
         read_only (`Sequence[Path]`, *optional*):
-            Files of other processes, in which replies are looked for too.
+            Files of other processes, in which replies are looked for too. One that cannot be read is left out, with a
+            warning.
 
     Raises:
-        ValueError: If a file is no cache.
+        ValueError: If the file is no cache.
     """
 
     def __init__(self, path: Path, read_only: Sequence[Path] = ()):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         try:
-            self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")  # survives the death of the process at any moment
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL, seconds REAL)"
-            )
-            self._others = [sqlite3.connect(f"file:{other}?mode=ro", uri=True, timeout=60) for other in read_only]
-            for other in self._others:
-                other.execute("SELECT 1 FROM replies LIMIT 1")
-        except sqlite3.DatabaseError as error:
+            self._database = _open_cache(path)
+        except sqlite3.Error as error:
             raise ValueError(
-                f"The cache of requests {str(path)!r}, or one beside it, cannot be opened: {error}. It holds what "
-                "was paid for. Restore it, or move it away to ask again."
+                f"The cache of requests {str(path)!r} cannot be opened: {error}. It holds what was paid for. Restore "
+                "it, or move it away to ask again."
             ) from error
+        self._others: dict[Path, sqlite3.Connection] = {}
+        for other in read_only:
+            try:
+                self._others[other] = sqlite3.connect(f"{other.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+                _lookup(self._others[other], "")
+            except sqlite3.Error as error:
+                self._leave_out(other, error)
 
     def get(self, key: str) -> Completion | None:
-        for database in (self._database, *self._others):
-            row = database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            if row is not None:
-                return Completion(**json.loads(row[0]))
-        return None
+        """The reply to a request, if it was kept."""
+        try:
+            completion = _lookup(self._database, key)
+        except sqlite3.Error as error:
+            raise self._error("read", error) from error
+        for path, other in list(self._others.items()) if completion is None else ():
+            try:
+                completion = completion or _lookup(other, key)
+            except sqlite3.Error as error:
+                self._leave_out(path, error)
+        return completion
 
-    def put(self, key: str, completion: Completion) -> None:
-        """Keeps a reply: on disk when this returns."""
-        reply = json.dumps(vars(completion))
-        self._database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, reply, time.time()))
+    async def put(self, key: str, completion: Completion, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        """Keeps a reply: it is in the file when this returns."""
+        content = (completion.text, completion.thinking, completion.finish_reason, completion.model)
+        row = (key, *content, prompt_tokens, completion_tokens, time.time())
+        give_up_at = time.monotonic() + _MAX_LOCKED_SECONDS
+        while True:
+            try:
+                # Not on a thread: that takes longer than the 40 microseconds of a commit
+                self._database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                return
+            except sqlite3.Error as error:
+                if "locked" not in str(error) or time.monotonic() > give_up_at:
+                    raise self._error("written", error) from error
+            await asyncio.sleep(0.02)
 
     def close(self) -> None:
-        for database in (self._database, *self._others):
+        for database in (self._database, *self._others.values()):
             database.close()
+
+    def _leave_out(self, path: Path, error: sqlite3.Error) -> None:
+        logger.warning(f"The cache of requests {str(path)!r} cannot be read and is left out: {error}.")
+        self._others.pop(path, None)
+
+    def _error(self, verb: str, error: sqlite3.Error) -> RuntimeError:
+        return RuntimeError(
+            f"The cache of requests {str(self._path)!r} cannot be {verb}: {error}. Replies would be paid for and "
+            "lost. Look for a full disk, or a process that holds the file, and run again: what was finished is kept."
+        )
+
+
+def _open_cache(path: Path) -> sqlite3.Connection:
+    # A short wait: a lock must not hold up the event loop
+    database = sqlite3.connect(path, timeout=0.01, isolation_level=None)
+    give_up_at = time.monotonic() + _MAX_LOCKED_SECONDS
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")  # survives the death of the process at any moment
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, thinking TEXT, "
+                "finish_reason TEXT NOT NULL, model TEXT NOT NULL, prompt_tokens INTEGER, completion_tokens INTEGER, "
+                "unix_seconds REAL NOT NULL)"
+            )
+            _lookup(database, "")
+            return database
+        except sqlite3.OperationalError as error:  # another process may be making the file at this moment
+            if "locked" not in str(error) or time.monotonic() > give_up_at:
+                raise
+        time.sleep(0.02)
+
+
+def _lookup(database: sqlite3.Connection, key: str) -> Completion | None:
+    query = "SELECT text, thinking, finish_reason, model FROM replies WHERE key = ?"
+    row = database.execute(query, (key,)).fetchone()
+    return None if row is None else Completion(*row)
 
 
 class _Slots:
@@ -214,38 +293,61 @@ class _Slots:
         self.max_size, self.size, self.num_taken = size, float(size), 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._halved_at = 0.0
+        self._pause: asyncio.TimerHandle | None = None
 
-    async def __aenter__(self) -> None:
-        if self.num_taken >= int(self.size) or self._waiting:
-            future = asyncio.get_running_loop().create_future()
-            self._waiting.append(future)
-            try:
-                await future
-            except asyncio.CancelledError:
-                if future.done() and not future.cancelled():
-                    self._release()
-                raise
-        else:
-            self.num_taken += 1
+    async def acquire(self) -> None:
+        """Waits for a slot, in the order of arrival."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self._grant()
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.release()
+            raise
 
-    async def __aexit__(self, *error: object) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         self.num_taken -= 1
-        while self._waiting and self.num_taken < int(self.size):
+        self._grant()
+
+    def pause(self, seconds: float) -> None:
+        """Grants no slot for so long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        if self._pause is None or self._pause.when() < end:
+            if self._pause is not None:
+                self._pause.cancel()
+            self._pause = loop.call_at(end, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self.num_taken < int(self.size) and self._pause is None:
             future = self._waiting.popleft()
             if not future.done():
                 self.num_taken += 1
                 future.set_result(None)
 
-    def halve(self) -> None:
-        if time.monotonic() - self._halved_at > 1:  # those in flight were all sent before the first refusal
+    def halve(self, sent_at: float) -> None:
+        """Lowers the size, once for all the requests that were under way together."""
+        if sent_at > self._halved_at:
             self._halved_at = time.monotonic()
             self.size = max(1.0, self.size / 2)
 
     def grow(self) -> None:
         self.size = min(self.max_size, self.size + 1 / self.size)
+
+
+@dataclass
+class _Tries:
+    """The failures of one request."""
+
+    num_answered: int  # by the server, to anybody, when this one was last tried
+    num_failed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # of the failures that may be the request's own
 
 
 class ChatClient:
@@ -255,7 +357,7 @@ class ChatClient:
         config ([`ServerConfig`]):
             The server.
         cache ([`RequestCache`]):
-            Where replies are kept.
+            Where replies are kept. The client closes it.
     """
 
     def __init__(self, config: ServerConfig, cache: RequestCache):
@@ -271,11 +373,12 @@ class ChatClient:
         self._structured = "json_schema" if config.structured_output == "auto" else config.structured_output
         self._num_refused = 0
         self._has_replied = False
-        self._reached_at = time.monotonic()
-        self._is_out = False
+        self._random = random.Random()
+        self._num_answered = 0
+        self._out_since: float | None = None  # start of the time in which nobody is answered
+        self._is_waiting = False
 
     async def __aenter__(self) -> "ChatClient":
-        self._reached_at = time.monotonic()
         self._client = openai.AsyncOpenAI(
             api_key=os.environ.get(self.config.api_key_env) or "EMPTY",
             base_url=self.config.base_url,
@@ -314,9 +417,11 @@ class ChatClient:
 
         Raises:
             RequestFailed: If this request gave nothing, after retries.
-            ServerRefused: If every request would fail.
+            ServerRefused: If every request would fail, or the server stays away ([`ServerUnavailable`]).
         """
-        content = json.dumps([self.config.generation, messages, max_tokens, schema, sample], sort_keys=True)
+        structured = None if schema is None else self.config.structured_output
+        identity = [self.config.generation, messages, max_tokens, schema, structured, sample]
+        content = json.dumps(identity, sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         cached = self._cache.get(key)
         if cached is not None:
@@ -324,50 +429,80 @@ class ChatClient:
             return cached
         if key not in self._in_flight:
             task = asyncio.ensure_future(self._fetch(key, messages, max_tokens, schema, sample))
-            task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+            task.add_done_callback(lambda task: self._forget(key, task))
             self._in_flight[key] = task
         # Shielded: the request may have others waiting for it when this one is cancelled
         return await asyncio.shield(self._in_flight[key])
+
+    def _forget(self, key: str, task: asyncio.Task[Completion]) -> None:
+        del self._in_flight[key]
+        if not task.cancelled():
+            task.exception()  # seen, so that asyncio does not complain where everybody who waited was cancelled
 
     async def _fetch(
         self, key: str, messages: list[Message], max_tokens: int, schema: dict[str, Any] | None, sample: int
     ) -> Completion:
         await self._check_length(messages, max_tokens)
-        retries = Counter()
+        messages = [{name: _encodable(text) for name, text in message.items()} for message in messages]
+        tries = _Tries(self._num_answered)
         while True:
+            await self._slots.acquire()
             try:
-                completion = await self._send(messages, max_tokens, schema, sample)
-            except _Retryable as error:
-                self.stats.retries[error.reason] += 1
-                wait_seconds = self._wait(error, retries)
-            else:
-                self._cache.put(key, completion)
+                completion, *usage = await self._send(messages, max_tokens, schema, sample)
+                await self._cache.put(key, completion, *usage)
                 return completion
+            except _Retryable as failure:
+                self.stats.retries[failure.reason] += 1
+                self._raise_if_hopeless(failure, tries)
+                wait_seconds = self._wait_seconds(failure, tries)
+                if failure.reason == "rate_limited":  # the limit is everybody's
+                    self._slots.pause(wait_seconds)
+                    wait_seconds = 0
+            finally:  # one that waits to be tried again blocks nobody
+                self._slots.release()
             await asyncio.sleep(wait_seconds)
 
-    def _wait(self, error: _Retryable, retries: Counter[str]) -> float:
-        """Seconds before the next try. Raises where there is none."""
-        if error.reason == "outage":
-            out_seconds = time.monotonic() - self._reached_at
-            if out_seconds > self.config.max_outage_seconds:
-                raise ServerRefused(
-                    f"The server at {self.config.base_url} cannot be reached since {out_seconds:.0f} s: "
-                    f"{error.detail}. No request can be made. Start it, check `base_url`, and run again: what was "
-                    "finished is kept."
-                )
-            if not self._is_out:
-                logger.warning(f"The server at {self.config.base_url} cannot be reached. Waiting for it.")
-            self._is_out = True
-        else:
-            retries[error.reason] += 1
-            limit = self.config.max_retries
-            if error.reason in _CONTENT_REASONS:
-                limit = min(limit, _MAX_CONTENT_RETRIES)
-            if retries[error.reason] > limit or retries.total() > self.config.max_retries:
-                raise RequestFailed(error.reason, error.detail)
-        doubled = self.config.backoff_seconds * 2 ** min(retries.total(), 16) / 2
-        backoff = min(doubled, self.config.max_backoff_seconds) * random.uniform(0.5, 1.5)  # not all at once
-        return max(backoff, min(error.wait_seconds, 10 * self.config.max_backoff_seconds))
+    def _raise_if_hopeless(self, failure: _Retryable, tries: _Tries) -> None:
+        """Ends a request that has failed too often, unless it is the server that fails, and not the request."""
+        tries.num_failed += 1
+        if failure.is_unavailable:
+            is_out = tries.num_answered == self._num_answered  # nobody was answered since this one's last try
+            tries.num_answered = self._num_answered
+            if is_out or failure.reason == "outage":
+                self._wait_for_server(failure)
+                return
+        tries.counts[failure.reason] += 1
+        limit = self.config.max_retries
+        if failure.reason in _CONTENT_REASONS:
+            limit = min(limit, _MAX_CONTENT_RETRIES)
+        if failure.reason == "truncated" and self.config.temperature == 0:
+            limit = 0  # the next would be the same
+        if failure.reason == "rate_limited":
+            limit += self.config.max_concurrency.bit_length()  # it takes so many halvings to be alone
+        if tries.counts[failure.reason] > limit:
+            raise RequestFailed(failure.reason, failure.detail)
+
+    def _wait_for_server(self, failure: _Retryable) -> None:
+        """Says that the server is waited for. Raises when that has been long enough."""
+        out_seconds = time.monotonic() - self._out_since
+        if out_seconds > self.config.max_outage_seconds:
+            if len(self._in_flight) == 1 and self._has_replied and failure.reason != "outage":
+                raise RequestFailed(failure.reason, failure.detail)  # the last one, after all others were answered
+            raise ServerUnavailable(
+                f"The server at {self.config.base_url} has answered nobody for {out_seconds:.0f} s: {failure.detail}. "
+                "No request can be made. Start it, check `base_url`, and run again: what was finished is kept."
+            )
+        if out_seconds > _MIN_OUTAGE_SECONDS and not self._is_waiting:
+            logger.warning(f"The server at {self.config.base_url} answers nobody ({failure.detail}). Waiting for it.")
+            self._is_waiting = True
+
+    def _wait_seconds(self, failure: _Retryable, tries: _Tries) -> float:
+        if failure.wait_seconds:  # the server knows best; a little more, so that not all come at once
+            return min(failure.wait_seconds, self.config.max_backoff_seconds) * self._random.uniform(1, 1.1)
+        if failure.reason == "no_structured_output":
+            return 0
+        doubled = self.config.backoff_seconds * 2 ** min(tries.num_failed, 16) / 2
+        return min(doubled, self.config.max_backoff_seconds) * self._random.uniform(0.5, 1)
 
     async def _check_length(self, messages: list[Message], max_tokens: int) -> None:
         limit = self.config.max_model_tokens
@@ -378,82 +513,117 @@ class ChatClient:
             return  # a token is at least a byte
         num_tokens = await asyncio.to_thread(self.count_tokens, messages)
         if num_tokens + max_tokens > limit:
-            raise RequestFailed("context_overflow", f"{num_tokens} + {max_tokens} tokens, of {limit}")
+            unit = "bytes, for want of a `tokenizer`," if self._counter is None else "tokens"
+            raise RequestFailed("context_overflow", f"{num_tokens} {unit} + {max_tokens} tokens, of {limit}")
 
     async def _send(
         self, messages: list[Message], max_tokens: int, schema: dict[str, Any] | None, sample: int
-    ) -> Completion:
-        """One request. A slot is held for the request only, so that one that waits to be retried blocks nobody."""
-        async with self._slots:
-            if self._limiter is not None:
-                await self._limiter.acquire()
-            structured = self._structured if schema is not None else "none"
-            self.stats.num_sent += 1
-            self.stats.num_in_flight += 1
-            try:
-                with anyio.fail_after(self.config.timeout_seconds):  # the client's own restarts with every byte
-                    reply = await self._client.chat.completions.create(
-                        messages=messages, max_tokens=max_tokens, **self._options(structured, schema, sample)
-                    )
-            except (openai.APITimeoutError, TimeoutError) as error:
-                raise _Retryable("timeout", f"no reply in {self.config.timeout_seconds:g} s") from error
-            except openai.APIConnectionError as error:
-                raise self._connection_error(error) from error
-            except openai.APIStatusError as error:
-                self._reached()
-                raise self._status_error(error, structured) from error
-            except (openai.OpenAIError, ValueError) as error:  # what is no JSON, or no text at all
-                raise _Retryable("malformed_reply", str(error)[:200]) from error
-            finally:
-                self.stats.num_in_flight -= 1
-        self._reached()
-        completion = self._parse(reply)
+    ) -> tuple[Completion, int, int]:
+        """One request: the reply, and the tokens of prompt and reply."""
+        if self._limiter is not None:
+            await self._limiter.acquire()
+        structured = self._structured if schema is not None else "none"
+        body = self._body(messages, max_tokens, structured, schema, sample)
+        sent_at = time.monotonic()
+        self.stats.num_sent += 1
+        self.stats.num_in_flight += 1
+        try:
+            # Without the client's models of request and reply, which take a third of its time and check nothing
+            with anyio.fail_after(self.config.timeout_seconds):  # the client's own restarts with every byte
+                reply = await self._client.post("/chat/completions", cast_to=object, body=body)
+        except (openai.APITimeoutError, TimeoutError) as error:
+            raise _Retryable("timeout", f"no reply in {self.config.timeout_seconds:g} s") from error
+        except openai.APIConnectionError as error:
+            raise self._connection_error(error) from error
+        except openai.APIStatusError as error:
+            raise self._status_error(error, structured, sent_at) from error
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # what is no JSON, or no text at all
+            raise _Retryable("malformed_reply", str(error)[:200]) from error
+        finally:
+            self.stats.num_in_flight -= 1
+        self._answered()
+        parsed = self._parse(reply)
         self._has_replied = True
         self._slots.grow()
-        return completion
+        return parsed
 
-    def _options(self, structured: str, schema: dict[str, Any] | None, sample: int) -> dict[str, Any]:
-        options = {name: value for name, value in self.config.generation.items() if value not in (None, {})}
-        if self.config.seed is not None:
-            options["seed"] = self.config.seed + sample
+    def _body(
+        self, messages: list[Message], max_tokens: int, structured: str, schema: dict[str, Any] | None, sample: int
+    ) -> dict[str, Any]:
+        body = {"messages": messages, self.config.max_tokens_key: max_tokens}
+        for name in ("model", "temperature", "top_p", "seed"):
+            value = getattr(self.config, name)
+            if value is not None:
+                body[name] = value + sample if name == "seed" else value
+        body.update(self.config.extra_body)
         if structured == "json_schema":
             json_schema = {"name": "reply", "schema": schema, "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         elif structured == "vllm":
-            options["extra_body"] = {**self.config.extra_body, "structured_outputs": {"json": schema}}
-        return options
+            body["structured_outputs"] = {"json": schema}
+        return body
 
-    def _reached(self) -> None:
-        if self._is_out:
+    def _answered(self) -> None:
+        if self._is_waiting:
             logger.warning(f"The server at {self.config.base_url} is back.")
-        self._is_out = False
-        self._reached_at = time.monotonic()
+        self._is_waiting = False
+        self._out_since = None
+        self._num_answered += 1
+
+    def _unanswered(self) -> None:
+        if self._out_since is None:
+            self._out_since = time.monotonic()
 
     def _connection_error(self, error: openai.APIConnectionError) -> _Retryable:
         cause = error.__cause__
-        is_outage = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
-        return _Retryable("outage" if is_outage else "connection_closed", f"{type(cause).__name__}: {cause}"[:200])
+        detail = f"{type(cause).__name__}: {cause}"[:200]
+        if type(cause).__name__ not in ("ConnectError", "ConnectTimeout"):
+            return _Retryable("connection_closed", detail)
+        self._unanswered()
+        return _Retryable("outage", detail, is_unavailable=True)
 
-    def _status_error(self, error: openai.APIStatusError, structured: str) -> Exception:
-        status, message = error.status_code, error.message[:500]
+    def _status_error(self, error: openai.APIStatusError, structured: str, sent_at: float) -> Exception:
+        status, message = error.status_code, self._message(error)
+        if status in _UNAVAILABLE_STATUSES:
+            self._unanswered()
+        else:
+            self._answered()
+        if status == 401 or error.code == "insufficient_quota":
+            return self._refused(status, message)
+        is_limited = status == 429 and "too large" not in message.lower()  # or it is one request that never fits
+        if _CONTEXT_ERROR.search(message) and status < 500 and not is_limited:
+            return RequestFailed("context_overflow", message)
+        if _CONTENT_ERROR.search(message) and status in (400, 403, 422):
+            return RequestFailed("refused_content", message)
         if status == 429:
-            self._slots.halve()
-            return _Retryable("rate_limited", message, _retry_after(error))
+            self._slots.halve(sent_at)
+            return _Retryable("rate_limited", message, _retry_after(error), is_unavailable=True)
         if status in (408, 409) or status >= 500:
-            return _Retryable("server_error", f"status {status}: {message}", _retry_after(error))
-        if status in (401, 403, 404):
-            return ServerRefused(
-                f"The server at {self.config.base_url} refuses the model {self.config.model!r} with status {status}: "
-                f"{message} Every request would meet the same. Check `base_url`, `model`, and the key in the "
-                f"environment variable {self.config.api_key_env}."
-            )
+            is_unavailable = status in _UNAVAILABLE_STATUSES
+            return _Retryable("server_error", f"status {status}: {message}", _retry_after(error), is_unavailable)
+        if status in (403, 404):
+            return self._refused(status, message)
         if structured != "none" and self.config.structured_output == "auto" and _SCHEMA_ERROR.search(message):
             if self._structured != "none":
                 logger.warning(f"The server at {self.config.base_url} takes no JSON schema; the prompt has to do.")
             self._structured = "none"
             return _Retryable("no_structured_output", message)
-        if _CONTEXT_ERROR.search(message):
-            return RequestFailed("context_overflow", message)
+        return self._bad_request(status, message)
+
+    def _message(self, error: openai.APIStatusError) -> str:
+        """What the server says, less the key, which some servers repeat."""
+        key = os.environ.get(self.config.api_key_env)
+        return (error.message.replace(key, "<key>") if key else error.message)[:500]
+
+    def _refused(self, status: int, message: str) -> ServerRefused:
+        is_set = "is set" if os.environ.get(self.config.api_key_env) else "is not set"
+        return ServerRefused(
+            f"The server at {self.config.base_url} refuses the model {self.config.model!r} with status {status}: "
+            f"{message} Every request would meet the same. Check `base_url`, `model`, and the key: the environment "
+            f"variable {self.config.api_key_env} {is_set}. What was finished is kept."
+        )
+
+    def _bad_request(self, status: int, message: str) -> Exception:
         self._num_refused += 1
         if not self._has_replied and self._num_refused >= _MAX_REFUSED_AT_FIRST:
             return ServerRefused(
@@ -463,44 +633,50 @@ class ChatClient:
             )
         return RequestFailed("bad_request", f"status {status}: {message}")
 
-    def _parse(self, reply: Any) -> Completion:
-        """A reply as text and reasoning. The client does not validate what a server sends: anything may be missing."""
+    def _parse(self, reply: Any) -> tuple[Completion, int, int]:
+        """A reply as text and reasoning, with its usage. Nobody checked what the server sent: all may be missing."""
         try:
-            choices = reply.choices
-            if not choices:
-                raise _Retryable("empty_reply", "no choice")
-            choice = choices[0]
-            message, finish_reason = choice.message, str(choice.finish_reason)
-            text = message.content
+            choice = (reply.get("choices") or [None])[0]
+            if choice is None:
+                raise _Retryable("empty_reply", f"no choice: {reply.get('error')}"[:200])
+            message, finish_reason = choice["message"], str(choice.get("finish_reason"))
+            text, refusal = message.get("content"), message.get("refusal")
+            thinking = message.get("reasoning") or message.get("reasoning_content")
+            usage = [(reply.get("usage") or {}).get(f"{name}_tokens") or 0 for name in ("prompt", "completion")]
+            self.stats.prompt_tokens += usage[0]
+            self.stats.completion_tokens += usage[1]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise _Retryable("malformed_reply", f"{type(reply).__name__} is no chat completion") from error
-        if finish_reason == "content_filter" or getattr(message, "refusal", None):
-            raise RequestFailed("refused_content", str(getattr(message, "refusal", None) or finish_reason)[:200])
-        usage = getattr(reply, "usage", None)
-        self.stats.prompt_tokens += getattr(usage, "prompt_tokens", None) or 0
-        self.stats.completion_tokens += getattr(usage, "completion_tokens", None) or 0
+            raise _Retryable("malformed_reply", f"{reply!r:.200} is no chat completion") from error
+        if finish_reason == "content_filter" or refusal:
+            raise RequestFailed("refused_content", str(refusal or finish_reason)[:200])
         if finish_reason == "length":
             raise _Retryable("truncated", str(text)[-200:])
-        if text is None and getattr(message, "tool_calls", None):
+        if text is None and message.get("tool_calls"):
             raise _Retryable("malformed_reply", "a tool was called")
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str | None) or not isinstance(thinking, str | None):
             raise _Retryable("malformed_reply", f"content is {type(text).__name__}")
-        text, thinking = _split_thinking(text or "")
-        thinking = thinking or getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        text, thinking = _split_thinking(_encodable(text or ""), _encodable(thinking or ""))
         if not text:
             raise _Retryable("empty_reply", "no text")
-        return Completion(text, thinking, finish_reason, str(getattr(reply, "model", self.config.model)))
+        model = _encodable(str(reply.get("model") or self.config.model))
+        return Completion(text, thinking, _encodable(finish_reason), model), *usage
 
 
-def _split_thinking(text: str) -> tuple[str, str | None]:
+def _split_thinking(text: str, thinking: str) -> tuple[str, str | None]:
     """The answer, and the reasoning before it; the tag that opens it may stand in the template instead."""
-    text = text.encode("utf-8", "replace").decode()  # a lone surrogate could not be written to disk
+    if thinking:  # the server has split it: a tag in the answer is the answer's
+        return text.strip(), thinking.strip()
     thinking, closing, answer = text.rpartition("</think>")
     if "<think>" in answer:
         raise _Retryable("truncated", "ends within its reasoning")
     if not closing:
         return text.strip(), None
     return answer.strip(), thinking.replace("<think>", "", 1).strip()
+
+
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which can neither be sent nor written."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

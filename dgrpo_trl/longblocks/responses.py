@@ -58,15 +58,17 @@ class Responder:
         """
         # As in training: the document, then the question
         messages = [{"role": "user", "content": f"{document_text}\n\n{row.question}"}]
-        results = await asyncio.gather(*(self._respond(teacher, row, messages) for teacher in self.config.teachers))
-        drops = [result for result in results if isinstance(result, Drop)]
-        responses, is_complete = dict(row.responses), True
-        for teacher, result in zip(self.config.teachers, results, strict=True):
-            if isinstance(result, Drop):
-                is_complete &= not teacher.required
-            else:
-                responses[self._name(teacher)] = result
-        return (replace(row, responses=responses) if is_complete else None), drops
+        teachers = sorted(self.config.teachers, key=lambda teacher: not teacher.required)
+        num_required = sum(teacher.required for teacher in teachers)
+        results: list[str | Drop] = []
+        for group in (teachers[:num_required], teachers[num_required:]):
+            results += await asyncio.gather(*(self._respond(teacher, row, messages) for teacher in group))
+            drops = [result for result in results if isinstance(result, Drop)]
+            if drops and group and group[0].required:
+                return None, drops  # nobody is asked about a row that leaves
+        answered = dict(zip(teachers, results, strict=True))
+        given = {self._name(t): answered[t] for t in self.config.teachers if not isinstance(answered[t], Drop)}
+        return replace(row, responses={**row.responses, **given}), drops
 
     def _name(self, teacher: TeacherConfig) -> str:
         return teacher.name or self.clients[teacher.server].config.model
