@@ -79,7 +79,9 @@ class Responder:
             reply = await self.clients[teacher.server].complete(messages, max_tokens=teacher.max_tokens)
         except RequestFailed as error:
             return Drop(STAGE, row.source, row.id, error.reason, f"{name}: {error.detail}")
-        if teacher.keep_only_correct and not answers_agree(row.answer, reply.text):
+        # What repeats the question is an echo, and may hold the answer with the rest of the prompt
+        is_right = answers_agree(row.answer, reply.text) and row.question not in reply.text
+        if teacher.keep_only_correct and not is_right:
             return Drop(STAGE, row.source, row.id, "wrong_response", f"{name}: {reply.text[:300]}")
         if teacher.keep_thinking and reply.thinking:
             return f"<think>\n{reply.thinking}\n</think>\n\n{reply.text}"

@@ -409,7 +409,8 @@ def _gives_away(question: str, answer: str, language: str) -> bool:
     places, option = _find(words, part), _OR.get(language)
     # "the red one or the blue one": an article may stand between
     near = (words[max(0, i - 2) : i] + words[i + len(part) : i + len(part) + 2] for i in places)
-    return bool(places) and not any(option in nearby for nearby in near)
+    # The Japanese for "from" begins with the word for "or"
+    return bool(places) and not any(option in nearby and "ら" not in nearby for nearby in near)
 
 
 def _numbers(text: str) -> list[set[float]]:
