@@ -284,6 +284,10 @@ def test_texts_that_may_not_be_shared_are_not_published(tmp_path):
     rows = rows_of(tmp_path / "llm")
     assert rows and all(row["document"] is None and row["id"].startswith("doc-") for row in rows)
     assert all(len(row["document_sha256"]) == 64 for row in rows)
+    cut = {"min_tokens": 100, "max_tokens": 500, "truncate_too_long": True}
+    config = write_config(tmp_path, documents, sources=[source], cleaning=cut)
+    summary = build(config, tmp_path / "cut", ["sources"])  # a text that its reader puts together cannot be cut
+    assert summary["stages"]["sources"] == {"kept": 0, "dropped": {"too_long": 4}}
     questions = {"engine": "rule", "lengths": [900], "tasks": tasks}
     with pytest.raises(ValueError, match="no row"):  # a window is a text of its own
         build(write_config(tmp_path, documents, sources=[source], questions=questions), tmp_path / "rule")

@@ -276,16 +276,23 @@ class Builder:
         records, drops = [], []
         for item in items:
             cleaned = self._cleaner.clean(item) if isinstance(item, Document) else item
+            if isinstance(cleaned, Document) and not source.may_redistribute:
+                cleaned = self._unedited(item, cleaned)
             if isinstance(cleaned, Drop):
                 drops.append(cleaned)
                 self.progress.advance(0, [cleaned])
                 continue
-            if not source.may_redistribute:
-                # Its reader rebuilds the text from the source, so that it is judged, but not edited
-                cleaned = replace(cleaned, text=item.text)
             records.append(document_record(cleaned, signature(cleaned.text, self.config.deduplication)))
             self.progress.advance(1, [])
         self.store.write("sources", part, DOCUMENT_SCHEMA, records, drops, len(items))
+
+    def _unedited(self, document: Document, cleaned: Document) -> Document | Drop:
+        """A document whose reader puts its text together from the source: judged by cleaning, but not edited."""
+        num_tokens = self._tokenizer.count(document.text)
+        maximum = self.config.cleaning.max_tokens
+        if maximum is not None and num_tokens > maximum:  # it cannot be cut either
+            return Drop("sources", document.source, document.source_id, "too_long", f"{num_tokens} tokens, not cut")
+        return replace(cleaned, text=document.text, num_tokens=num_tokens)
 
     @cached_property
     def _tokenizer(self) -> TokenCounter:
