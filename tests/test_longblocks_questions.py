@@ -48,7 +48,8 @@ GOOD = {"question": "How many ships did the keeper count?", "answer": "104", "ev
 
 def ask(reply, document=DOCUMENT, blocks=BLOCKS, links=LINKS, **config):
     model = Model(reply if callable(reply) or isinstance(reply, Exception) else json.dumps(reply))
-    engine = LLMEngine(LLMEngineConfig(**{"engine": "llm", "server": "w", "tasks": {"multi_hop": 1}, **config}), model)
+    values = {"engine": "llm", "server": "w", "tasks": {"multi_hop": 1}, "not_stated_share": 0, **config}
+    engine = LLMEngine(LLMEngineConfig(**values), model)
     return *asyncio.run(engine.rows(document, blocks, links)), model
 
 
@@ -156,6 +157,12 @@ def test_an_unanswerable_question_says_what_to_answer():
         document = Document(text=TEXT, source="s", source_id="1", language=language)
         rows, _, _ = ask(GOOD, document, tasks={"unanswerable": 1}, questions_per_document=1)
         assert rows[0].answer == not_stated(language) and rows[0].answer in rows[0].question and rows[0].evidence == ()
+
+
+def test_what_to_answer_if_it_is_not_stated_gives_no_question_away():
+    rows, _, _ = ask(GOOD, tasks={"grounding": 1}, questions_per_document=200, not_stated_share=0.25)
+    with_clause = [row for row in rows if not_stated("en") in row.question]
+    assert 30 < len(with_clause) < 70 and {row.answer for row in rows} == {"104"}
 
 
 def test_every_task_is_known_everywhere():

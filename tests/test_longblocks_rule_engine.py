@@ -141,13 +141,119 @@ def test_facts_are_there_once_and_their_evidence_is_enough(task):
             assert subject in "\n".join(evidence_of(row))
 
 
-@pytest.mark.parametrize("task", ["key_chain", "reconstruction", "two_hop", "counting"])
+def solve_multi_hop(text, question):
+    """Reads the facts as tables and works the answer out; `None` where one of them is missing."""
+    counts = {(b, p): int(n) for b, p, n in re.findall(r"The (\w+) of (\w+) has (\d+) \w+\.", text)}
+    homes = dict(re.findall(r"(\w+) lives in (\w+)\.", text))
+    offices = {(role, place): person for role, place, person in re.findall(r"The (\w+) of (\w+) is (\w+)\.", text)}
+    singular = {"churches": "church", "farms": "farm", "schools": "school"}
+    singular |= {"harbours": "harbour", "markets": "market", "orchards": "orchard"}
+    try:
+        if match := re.search(r"do the (\w+) of the towns where (\w+) and (\w+) live", question):
+            return str(sum(counts[singular[match[1]], homes[person]] for person in match.groups()[1:]))
+        if match := re.search(r"the (\w+) of the town where (\w+) lives have than .* where (\w+) lives", question):
+            return str(counts[match[1], homes[match[2]]] - counts[match[1], homes[match[3]]])
+        match = re.search(r"Of the towns (\w+), (\w+) and (\w+), take the one whose (\w+) .* its (\w+)\?", question)
+        largest = max(match.groups()[:3], key=lambda place: counts[match[4], place])
+        return offices[match[5], largest]
+    except KeyError:
+        return None
+
+
+def test_several_facts_together_give_the_answer_and_each_of_them_is_needed():
+    rows = make_rows("multi_hop", rows_per_document=8)
+    for row in rows:
+        evidence = evidence_of(row)
+        assert solve_multi_hop(row.document, row.question) == row.answer
+        assert len(evidence) == 4 and solve_multi_hop("\n".join(evidence), row.question) == row.answer
+        for index in range(4):
+            assert solve_multi_hop("\n".join(evidence[:index] + evidence[index + 1 :]), row.question) is None
+        kind = "number" if row.answer.isdecimal() else "name"
+        assert f"Answer with the {kind} only." in row.question
+    shapes = ("have together", "How many more", "take the one")
+    assert all(any(shape in row.question for row in rows) for shape in shapes)
+
+
+def test_what_to_say_where_nothing_is_stated_does_not_give_the_unanswerable_away():
+    for share, expected in ((0, {False}), (0.5, {False, True}), (1, {True})):
+        rows = make_rows("lookup_number", not_stated_share=share) + make_rows(
+            "key_chain", "de", not_stated_share=share
+        )
+        assert {not_stated(row.language) in row.question for row in rows} == expected
+        assert all(row.answer.isdecimal() for row in rows)
+
+
+NESTED = "class Long:\n" + "\n\n".join(
+    f"    def method_{n}(self, first):\n        if first:\n            return first + {n}000\n        return 1"
+    + "0" * 150
+    for n in range(60)
+)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_facts_in_code_leave_every_line_of_it_as_it_was(newline):
+    source = NESTED.replace("\n", newline)
+    rows = make_rows("two_hop", text=source, kind="code", num_documents=1, rows_per_document=6, lengths=(None,))
+    for row in rows:
+        compile(row.document, "x.py", "exec")
+        assert re.sub(r"^ *# .*\.\r?\n", "", row.document, flags=re.M) == source
+
+
+@pytest.mark.parametrize("language", ["en", "ru", "ja"])
+def test_facts_in_prose_stand_between_sentences_and_leave_them_as_they_were(language):
+    sentence = {
+        "en": "Dr. Weber went down to the river. ",
+        "ru": "Старый мельник спустился к реке. ",
+        "ja": "年老いた粉屋は川へ下りていった。",
+    }[language]
+    text = "\n\n".join((sentence * 20).rstrip() for _ in range(40))
+    inner = 0
+    for row in make_rows("key_chain", language, text, num_documents=1, rows_per_document=6, lengths=(None,)):
+        notes = [TEMPLATES[language][name] for name in ("next_note", "last_note")]
+        pattern = "|".join(re.sub(r"\\{\w+\\}", "[0-9a-f]+", re.escape(note)) for note in notes)
+        assert re.sub(f"(?: ?(?:{pattern}))+(?=\n|$)|(?:{pattern}) ?", "", row.document) == text
+        inner += len(re.findall(f"(?:{pattern}) ?{sentence[:4]}", row.document))
+    assert inner > 20
+
+
+def test_facts_in_markdown_are_paragraphs_outside_fenced_code():
+    fence = "```\n" + "code here and there\n\n" * 150 + "```"  # longer than a block
+    text = "\n\n".join(f"# Part {n}\n\n{'Some words on it. ' * 30}\n\n{fence}" for n in range(20))
+    rows = make_rows("two_hop", text=text, kind="markdown", num_documents=1, rows_per_document=6, lengths=(None,))
+    for row in rows:
+        outside = re.sub(r"(?ms)^```$.*?^```$", "", row.document)
+        facts = re.findall(r"(?m)^(?:The \w+ of \w+ has \d+ \w+|\w+ lives in \w+)\. ?$", outside)
+        assert len(re.findall(r"has \d+|lives in", row.document)) == len(facts) >= 6
+
+
+def test_a_word_is_counted_as_it_is_spelt():
+    text = "\n\n".join(f"Große Straße {n}x und große Plätze. {'aa bb cc dd ' * 60}" for n in range(4))
+    for row in make_rows("counting", "de", text, num_documents=1, rows_per_document=8, lengths=(None,)):
+        word = re.search(r"„(\w+)“", row.question)[1]
+        assert word in text.lower() and row.answer == str(len(re.findall(rf"\b{word}\b", row.document, re.I)))
+
+
+def test_a_document_that_holds_a_mark_of_a_gap_is_left_out():
+    text = make_text(0) + "\n\nThis has [[GAP 1]] in it."
+    engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"reconstruction": 1}), count_tokens)
+    document = Document(text=text, source="s", source_id="1", language="en")
+    rows, drops = asyncio.run(engine.rows(document, split_blocks(text), []))
+    assert not rows and {drop.reason for drop in drops} == {"no_fit"}
+
+
+@pytest.mark.parametrize("name", ["hops", "gaps"])
+def test_ranges_that_hold_no_number_are_refused(name):
+    with pytest.raises(ValueError, match=f"`min_{name}` is 6 and `max_{name}` 3"):
+        RuleEngineConfig(engine="rule", **{f"min_{name}": 6, f"max_{name}": 3})
+
+
+@pytest.mark.parametrize("task", ["key_chain", "reconstruction", "two_hop", "multi_hop", "counting"])
 def test_code_gets_its_facts_as_comments(task):
     rows = make_rows(task, text=CODE, kind="code", num_documents=1, rows_per_document=6, lengths=(900,))
     for row in rows:
         if task == "key_chain":
             assert solve_chain(row.document, row.question) == row.answer
-        if task in ("key_chain", "two_hop"):
+        if task in ("key_chain", "two_hop", "multi_hop"):
             compile(row.document, "x.py", "exec")
 
 

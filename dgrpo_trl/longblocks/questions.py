@@ -16,6 +16,7 @@ and the reasons of [`client`].
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -28,7 +29,8 @@ from .records import Document, Drop, Evidence, Row, StrictModel
 
 STAGE = "questions"
 
-TASKS = ("multi_hop", "grounding", "long_form", "aggregation", "comparison", "code", "unanswerable")
+UNANSWERABLE = "unanswerable"
+TASKS = ("multi_hop", "grounding", "long_form", "aggregation", "comparison", "code", UNANSWERABLE)
 # Answers rest on at least so many blocks
 MIN_EVIDENCE_BLOCKS = {
     "multi_hop": 2,
@@ -123,6 +125,13 @@ class LLMEngineConfig(StrictModel):
     )
     min_blocks: int = Field(3, ge=2, description="Blocks shown at least for a task that needs several.")
     max_blocks: int = Field(6, ge=2, description="Blocks shown at most.")
+    not_stated_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="Share of the answerable questions that also say what to answer if the document does not tell: "
+        "otherwise these words would give the unanswerable ones away.",
+    )
     max_tokens: int = Field(4096, ge=1, description="Longest reply, in tokens, reasoning included.")
     seed: int = Field(0, description="Seed of the choice of tasks and blocks.")
 
@@ -194,7 +203,11 @@ class LLMEngine:
             reply = parse_object(completion.text)
         except ValueError:
             return drop("malformed_reply", completion.text[:300])
-        return self._read(document, task, chosen, reply, drop)
+        row = self._read(document, task, chosen, reply, drop)
+        if isinstance(row, Row) and (task == UNANSWERABLE or rng.random() < self.config.not_stated_share):
+            clause = OR_SAY.get(row.language, OR_SAY["en"]).format(not_stated(row.language))
+            return replace(row, question=f"{row.question} ({clause})")
+        return row
 
     def _task(self, rng: random.Random, document: Document) -> str:
         weights = dict(self.config.tasks)
@@ -229,9 +242,8 @@ class LLMEngine:
         question, answer = (_text(reply.get(name)) for name in ("question", "answer"))
         if not 3 <= len(question) <= _MAX_QUESTION_CHARS:
             return drop("no_question", question[:300])
-        if task == "unanswerable":
+        if task == UNANSWERABLE:
             answer, evidence = not_stated(language), []
-            question = f"{question} ({OR_SAY.get(language, OR_SAY['en']).format(answer)})"
         else:
             if not 1 <= len(answer) <= _MAX_ANSWER_CHARS:
                 return drop("no_answer", question)
@@ -253,7 +265,7 @@ class LLMEngine:
         )
 
 
-# What a question without an answer in the document ends with
+# What a question ends with that the document may not answer
 OR_SAY = {
     "en": 'If the document does not say it, answer "{}".',
     "de": "Falls es nicht im Dokument steht, antworte „{}“.",

@@ -5,13 +5,17 @@ A row's document is a window of a real one, of a chosen length. The task decides
 | task | in the window | languages |
 | --- | --- | --- |
 | `lookup_number`, `lookup_name`, `two_hop` | facts among near misses, see [`rules`] | English, code |
+| `multi_hop` | the same: a sum or a difference of two places, or an office in the largest of three | English, code |
 | `key_chain` | notes that lead from key to key, to a number; other chains beside | all in `TEMPLATES`, code |
 | `reconstruction` | blocks taken out, whose order is asked for | all in `TEMPLATES`, code |
 | `counting` | nothing: how often does a word occur? | those with spaces, code |
-| `unanswerable` | a chain whose last note is missing | all in `TEMPLATES`, code |
+| `unanswerable` | a chain whose last note is missing | those in `OR_SAY`, code |
 
 The evidence of `reconstruction` is each mark of a gap with the blocks around it; that of `counting` is the blocks that
-hold the word. Code gets its facts as comments.
+hold the word. Code gets its facts as comments above a line, Markdown as paragraphs of their own.
+
+Names, places and numbers belong to one split; sums, differences, counts and orders of gaps are of no split, nor are
+documents: those of an evaluation set must be others.
 
 | reason of a drop | what it says |
 | --- | --- |
@@ -20,29 +24,34 @@ hold the word. Code gets its facts as comments.
 | `no_fit` | no facts, gaps or words could be found that make the answer certain within the length |
 """
 
+import itertools
 import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .blocks import Block, blocks_at
 from .files import comment_prefix
 from .questions import OR_SAY, not_stated
-from .records import Document, Drop, Evidence, Row, StrictModel
-from .rules import FACT_TASKS, SENTENCE_BORDER, Facts, count_word
+from .records import Document, Drop, Evidence, Kind, Row, StrictModel
+from .rules import FACT_TASKS, Case, Facts, count_word
 
 
 STAGE = "questions"
 
-TASKS = (*FACT_TASKS, "key_chain", "reconstruction", "counting", "unanswerable")
+ENGLISH_TASKS = (*FACT_TASKS, "multi_hop")
+TASKS = (*ENGLISH_TASKS, "key_chain", "reconstruction", "counting", "unanswerable")
 _ATTEMPTS = 8
 
+# Where a sentence of any language ends, and not only an abbreviation: what follows is white space, save after `。`
+_SENTENCE_END = re.compile(r"(?:(?<=\w{4}[.!?…؟।])|(?<=\w{4}[.!?…؟।][\"'”’)»]))\s+(?=\S)|[。！？][」』”’）]*")
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 GAP = "[[GAP {number}]]"
 # What the engine says, by language: see the file
@@ -57,9 +66,10 @@ class RuleEngineConfig(StrictModel):
     engine: Literal["rule"]
     tasks: dict[str, float] = Field(
         default={
-            "lookup_number": 0.15,
-            "lookup_name": 0.15,
-            "two_hop": 0.2,
+            "lookup_number": 0.1,
+            "lookup_name": 0.1,
+            "two_hop": 0.15,
+            "multi_hop": 0.15,
             "key_chain": 0.2,
             "reconstruction": 0.15,
             "counting": 0.1,
@@ -68,8 +78,10 @@ class RuleEngineConfig(StrictModel):
         description="Weights of the tasks; those that cannot be asked of a document are left out for it.",
     )
     rows_per_document: int = Field(4, ge=1, description="Questions on a document.")
-    lengths: tuple[int, ...] = Field(
-        (2048,), min_length=1, description="Tokens of a row's document and question, at most; taken in turn."
+    lengths: tuple[int | None, ...] = Field(
+        (2048,),
+        min_length=1,
+        description="Tokens of a row's document and question, at most; taken in turn. `null`: the whole document.",
     )
     tokens_per_near_miss: int = Field(
         200, ge=1, description="A window of n tokens holds about n divided by this many near misses, from 2 to 24."
@@ -78,6 +90,13 @@ class RuleEngineConfig(StrictModel):
     max_hops: int = Field(5, ge=2, le=12, description="Notes of a chain of keys, at most.")
     min_gaps: int = Field(2, ge=2, description="Blocks taken out, at least.")
     max_gaps: int = Field(4, ge=2, le=8, description="Blocks taken out, at most.")
+    not_stated_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="Share of the answerable questions about facts and keys that also say what to answer if the "
+        "document does not, so that this does not give the unanswerable ones away.",
+    )
     split: Literal["train", "test"] | None = Field(
         None, description="Use only the names, places and numbers of this split, which the other never sees."
     )
@@ -91,6 +110,17 @@ class RuleEngineConfig(StrictModel):
         if unknown or not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
             raise ValueError(f"`tasks` are {tasks}. Give weights of some of {', '.join(TASKS)}, not all of them 0.")
         return tasks
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> "RuleEngineConfig":
+        for name in ("hops", "gaps"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise ValueError(
+                    f"`min_{name}` is {least} and `max_{name}` {most}. No number is both. Lower the first or raise "
+                    "the second."
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,8 @@ class RuleEngine:
             links (`list[list[int]]`):
                 Not used: facts decide what belongs together.
         """
+        if document.num_tokens is None:
+            document = replace(document, num_tokens=self.count_tokens(document.text))
         rows, drops, questions = [], [], set()
         for number in range(self.config.rows_per_document):
             result = self._row(document, blocks, number)
@@ -159,12 +191,12 @@ class RuleEngine:
         length = self.config.lengths[number % len(self.config.lengths)]
         share = 0.9
         for _ in range(_ATTEMPTS):
-            window = self._window(rng, document, blocks, int(length * share))
+            window = blocks if length is None else self._window(rng, document, blocks, int(length * share))
             draft = self._draft(rng, task, document, language, window)
             if draft is None:
                 continue
             text, row_blocks = _assemble(draft)
-            if self.count_tokens(f"{text}\n\n{draft.question}") > length:
+            if length is not None and self.count_tokens(f"{text}\n\n{draft.question}") > length:
                 share *= 0.85
                 continue
             return Row(
@@ -179,24 +211,25 @@ class RuleEngine:
                 ),
                 document=text,
             )
-        return drop("no_fit", f"{task} in {length} tokens")
+        return drop("no_fit", f"{task} in {length or document.num_tokens} tokens")
 
     def _weights(self, document: Document, language: str) -> dict[str, float]:
         """The tasks that can be asked of a document."""
         templates = TEMPLATES.get(language)
         weights = {task: weight for task, weight in self.config.tasks.items() if weight > 0}
         if language != "en":
-            weights = {task: weight for task, weight in weights.items() if task not in FACT_TASKS}
+            weights = {task: weight for task, weight in weights.items() if task not in ENGLISH_TASKS}
         if templates is None:
             return {}
         if "count" not in templates:
             weights.pop("counting", None)
+        if language not in OR_SAY:
+            weights.pop("unanswerable", None)
         return weights
 
     def _window(self, rng: random.Random, document: Document, blocks: list[Block], max_tokens: int) -> list[Block]:
         """Neighbouring blocks of about so many tokens, judged by the document's own rate of characters."""
-        num_tokens = document.num_tokens or self.count_tokens(document.text)
-        max_chars = max_tokens * len(document.text) / max(1, num_tokens)
+        max_chars = max_tokens * len(document.text) / max(1, document.num_tokens)
         # The last place to begin from which the window can still be filled
         last = len(blocks) - 1
         while last > 0 and blocks[-1].end - blocks[last].start < max_chars:
@@ -218,53 +251,70 @@ class RuleEngine:
             return self._reconstruction(rng, language, window, between)
         if task == "counting":
             return self._counting(rng, language, window, between)
-        if task in FACT_TASKS:
-            num_tokens = len(document.text[window[0].start : window[-1].end]) / len(document.text)
-            num_tokens *= document.num_tokens or self.count_tokens(document.text)
-            near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
-            case = self.facts.case(rng, self.config.split, task, near_misses)
-            facts = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
-            kind = "name" if task == "lookup_name" else "number"
-            question, answer, entities = f"{case.question} Answer with the {kind} only.", case.answer, case.entities
-        else:
-            facts, question, answer, entities = self._chains(rng, language, task == "unanswerable")
         text = document.text[window[0].start : window[-1].end]
-        if any(count_word(text, entity) for entity in entities):
+        facts = self.facts.without(set(re.findall(r"\w+|\d+", text)))
+        if task in ENGLISH_TASKS:
+            num_tokens = len(text) / len(document.text) * document.num_tokens
+            near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
+            case = self._case(rng, facts, task, min(near_misses, facts.max_near_misses(self.config.split)))
+        else:
+            case = self._chains(rng, facts, language, task == "unanswerable", len(window) - 1)
+        if case is None or any(count_word(text, entity) for entity in case.entities):
             return None
-        rng.shuffle(facts)
+        question = case.question
+        if task == "unanswerable" or (language in OR_SAY and rng.random() < self.config.not_stated_share):
+            question = f"{question} {OR_SAY[language].format(not_stated(language))}"
         prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
-        pieces, evidence = _insert(rng, [block.text for block in window], facts, prefix)
-        return None if pieces is None else _Draft(pieces, between, evidence, question, answer)
+        lines = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
+        rng.shuffle(lines)
+        pieces, evidence = _insert(rng, [block.text for block in window], between, lines, document.kind, prefix)
+        return None if pieces is None else _Draft(pieces, between, evidence, question, case.answer)
 
-    def _chains(
-        self, rng: random.Random, language: str, is_broken: bool
-    ) -> tuple[list[tuple[str, bool]], str, str, list[str]]:
+    def _case(self, rng: random.Random, facts: Facts, task: str, num_near_misses: int) -> Case | None:
+        """Facts to look up, with a question that says what form the answer has; `None` if too few names are left."""
+        if num_near_misses < 2:
+            return None
+        if task == "multi_hop":
+            case = facts.multi_hop(rng, self.config.split, num_near_misses)
+        else:
+            case = facts.case(rng, self.config.split, task, num_near_misses)
+        kind = "number" if case.answer.isdecimal() else "name"
+        return replace(case, question=f"{case.question} Answer with the {kind} only.")
+
+    def _chains(self, rng: random.Random, facts: Facts, language: str, is_broken: bool, max_hops: int) -> Case | None:
         """Notes of the chain that is asked for, and of two others; a broken chain lacks its last note."""
+        max_hops, numbers = min(max_hops, self.config.max_hops), facts.numbers(self.config.split)
+        if max_hops < self.config.min_hops or len(numbers) < 3:
+            return None
         templates = TEMPLATES[language]
-        hops = rng.randint(self.config.min_hops, self.config.max_hops)
+        hops = rng.randint(self.config.min_hops, max_hops)
         keys = [[f"{rng.getrandbits(32):08x}" for _ in range(hops)] for _ in range(3)]
-        values = [str(number) for number in rng.sample(self.facts.numbers(self.config.split), 3)]
-        facts = []
-        for number, (chain, value) in enumerate(zip(keys, values, strict=True)):
-            notes = [templates["next_note"].format(key=a, other=b) for a, b in zip(chain, chain[1:], strict=False)]
-            if not (is_broken and number == 0):
-                notes.append(templates["last_note"].format(key=chain[-1], value=value))
-            facts += [(note, number == 0 and not is_broken) for note in notes]
-        question = templates["follow"].format(key=keys[0][0])
-        answer = values[0]
+        values = [str(number) for number in rng.sample(numbers, 3)]
+        chains = [
+            [
+                *(templates["next_note"].format(key=a, other=b) for a, b in zip(chain, chain[1:], strict=False)),
+                templates["last_note"].format(key=chain[-1], value=value),
+            ]
+            for chain, value in zip(keys, values, strict=True)
+        ]
         if is_broken:
-            answer = not_stated(language)
-            question = f"{question} {OR_SAY.get(language, OR_SAY['en']).format(answer)}"
-        return facts, question, answer, [*(key for chain in keys for key in chain), *values]
+            evidence, near_misses, answer = [], [*chains[0][:-1], *chains[1], *chains[2]], not_stated(language)
+        else:
+            evidence, near_misses, answer = chains[0], [*chains[1], *chains[2]], values[0]
+        question = templates["follow"].format(key=keys[0][0])
+        entities = (*(key for chain in keys for key in chain), *values)
+        return Case(question, answer, tuple(evidence), tuple(near_misses), entities)
 
     def _reconstruction(
         self, rng: random.Random, language: str, window: list[Block], between: list[str]
     ) -> _Draft | None:
         """Blocks that are no neighbours are taken out, and asked for in shuffled order."""
         texts = [block.text for block in window]
+        if any("[[GAP" in text for text in texts):  # which mark is ours would not be certain
+            return None
         repeats = Counter(texts)
         inner = range(1, len(texts) - 1)
-        usable = [i for i in inner if repeats[texts[i]] == 1 and len(texts[i]) >= 80 and "[[GAP" not in texts[i]]
+        usable = [i for i in inner if repeats[texts[i]] == 1 and len(texts[i]) >= 80]
         rng.shuffle(usable)
         num_gaps = rng.randint(self.config.min_gaps, self.config.max_gaps)
         gaps: list[int] = []
@@ -287,44 +337,74 @@ class RuleEngine:
         return _Draft(pieces, between, evidence, question, ", ".join(letters[index] for index in gaps))
 
     def _counting(self, rng: random.Random, language: str, window: list[Block], between: list[str]) -> _Draft | None:
-        """A word that occurs a few times in the window as it is."""
+        """A word that occurs a few times in the window as it is.
+
+        In lower case, not folded: that would ask for "strasse" where the text has "straße".
+        """
         texts = [block.text for block in window]
-        counts = Counter(word for text in texts for word in re.findall(r"\w+", text.casefold()))
+        counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
         words = sorted(w for w, n in counts.items() if 2 <= n <= 9 and len(w) >= 5 and w.isalpha())
         if not words:
             return None
         word = rng.choice(words)
-        evidence = {i for i, text in enumerate(texts) if word in re.findall(r"\w+", text.casefold())}
+        evidence = {i for i, text in enumerate(texts) if word in re.findall(r"\w+", text.lower())}
         question = TEMPLATES[language]["count"].format(word=word)
         return _Draft(texts, between, evidence, question, str(counts[word]))
 
 
 def _insert(
-    rng: random.Random, pieces: list[str], facts: list[tuple[str, bool]], comment: str | None
+    rng: random.Random,
+    pieces: list[str],
+    between: list[str],
+    facts: list[tuple[str, bool]],
+    kind: Kind,
+    comment: str | None,
 ) -> tuple[list[str] | None, set[int]]:
-    """Writes facts into pieces of text: between sentences, or as a comment above code.
+    """Writes facts into pieces of text, of which all that was there stays.
 
     A piece with evidence holds no near miss, so that the evidence alone is not ambiguous.
 
     Returns the pieces, `None` if there are too few, and the indices of those that hold evidence.
     """
+    usable = _usable(pieces, between, kind)
     num_evidence = sum(is_evidence for _, is_evidence in facts)
-    if len(pieces) < num_evidence + 1:
+    if len(usable) < num_evidence + 1:
         return None, set()
-    places = rng.sample(range(len(pieces)), num_evidence)
-    others = [index for index in range(len(pieces)) if index not in set(places)]
+    places = rng.sample(usable, num_evidence)
+    others = [index for index in usable if index not in set(places)]
     pieces, evidence = list(pieces), set(places)
     free = iter(places)
     for fact, is_evidence in facts:
         index = next(free) if is_evidence else rng.choice(others)
-        if comment is not None:
-            pieces[index] = f"{comment}{fact}\n{pieces[index]}"
-            continue
-        borders = [match.end() for match in SENTENCE_BORDER.finditer(pieces[index])]
-        place = rng.choice([*borders, len(pieces[index])])
-        before, after = pieces[index][:place], pieces[index][place:]
-        pieces[index] = f"{before.rstrip()} {fact} {after}".strip() if after else f"{before} {fact}".strip()
+        piece, newline = pieces[index], "\r\n" if "\r\n" in between[index] else "\n"
+        if kind == "code":
+            pieces[index] = f"{comment}{fact}{newline}{_indentation(between[index])}{piece}"
+        elif kind == "markdown":
+            pieces[index] = f"{piece}{newline}{newline}{fact}"
+        else:
+            ends = [match.end() for match in _SENTENCE_END.finditer(piece)]
+            place = rng.choice([*(end for end in ends if not piece[end : end + 1].islower()), len(piece)])
+            space = "" if fact.endswith("。") else " "
+            if piece[place:]:
+                pieces[index] = f"{piece[:place]}{fact}{space}{piece[place:]}"
+            else:
+                pieces[index] = f"{piece}{space}{fact}"
     return pieces, evidence
+
+
+def _usable(pieces: list[str], between: list[str], kind: Kind) -> list[int]:
+    """The pieces that facts may be written into: of code those that begin a line, of Markdown those outside fences."""
+    if kind == "code":
+        return [i for i, space in enumerate(between) if i == 0 or "\n" in space]
+    if kind == "markdown":
+        num_fences = itertools.accumulate(len(_FENCE.findall(piece)) for piece in pieces)
+        return [i for i, number in enumerate(num_fences) if number % 2 == 0]
+    return list(range(len(pieces)))
+
+
+def _indentation(space: str) -> str:
+    """What of the white space above a line belongs to the line."""
+    return space.rpartition("\n")[2]
 
 
 def _assemble(draft: _Draft) -> tuple[str, list[Block]]:

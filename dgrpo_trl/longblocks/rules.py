@@ -12,10 +12,11 @@ certain, and the blocks that hold it are known, which gives the teacher its prom
 | `two_hop` | Clara lives in Ashwick. + the first fact | How many ... of the town where Clara lives have? |
 """
 
+import copy
 import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,22 +54,31 @@ _PEOPLE = (
     "Winifred"
 ).split()
 
+# What stands in a place, several of them, and what is counted there
+_COUNTED = (
+    ("church", "churches", "windows"),
+    ("farm", "farms", "sheep"),
+    ("school", "schools", "books"),
+    ("harbour", "harbours", "boats"),
+    ("market", "markets", "stalls"),
+    ("orchard", "orchards", "trees"),
+)
+_ROLES = ("baker", "doctor", "judge", "mayor", "miller", "sheriff", "tailor", "teacher")
+
 # (fact, question). `{place}` of a question becomes "the town where <person> lives" in a chain of two facts.
-_NUMBER_RELATIONS = (
-    ("The church of {place} has {value} windows.", "How many windows does the church of {place} have?"),
-    ("The farm of {place} has {value} sheep.", "How many sheep does the farm of {place} have?"),
-    ("The school of {place} has {value} books.", "How many books does the school of {place} have?"),
-    ("The harbour of {place} has {value} boats.", "How many boats does the harbour of {place} have?"),
-    ("The market of {place} has {value} stalls.", "How many stalls does the market of {place} have?"),
-    ("The orchard of {place} has {value} trees.", "How many trees does the orchard of {place} have?"),
+_NUMBER_RELATIONS = tuple(
+    (
+        f"The {building} of {{place}} has {{value}} {things}.",
+        f"How many {things} does the {building} of {{place}} have?",
+    )
+    for building, _, things in _COUNTED
 )
 _NAME_RELATIONS = tuple(
-    (f"The {role} of {{place}} is {{value}}.", f"Who is the {role} of {{place}}?")
-    for role in ("baker", "doctor", "judge", "mayor", "miller", "sheriff", "tailor", "teacher")
+    (f"The {role} of {{place}} is {{value}}.", f"Who is the {role} of {{place}}?") for role in _ROLES
 )
 _HOME = "{person} lives in {place}."
 
-SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z])")
+_SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z])")
 
 
 def _share(text: str, seed: int) -> float:
@@ -128,7 +138,7 @@ def split_passages(
     sentences = [
         sentence
         for block in split_blocks(text)
-        for sentence in SENTENCE_BORDER.split(" ".join(block.text.split()))
+        for sentence in _SENTENCE_BORDER.split(" ".join(block.text.split()))
         if _is_usable(sentence, max_sentence_chars)
     ]
     num_passages = len(sentences) // sentences_per_passage
@@ -150,7 +160,7 @@ def _is_usable(sentence: str, max_sentence_chars: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """The facts of one row, before they are written into a text."""
 
     question: str
@@ -185,7 +195,19 @@ class Facts:
         """The numbers of a split; of both for `None`."""
         return self._numbers[split]
 
-    def case(self, rng: random.Random, split: str | None, task: str, num_near_misses: int) -> _Case:
+    def without(self, words: Collection[str]) -> "Facts":
+        """The same without the names and numbers that are among the words of a text."""
+        facts = copy.copy(self)
+        for name, groups in vars(self).items():
+            kept = {split: [item for item in items if str(item) not in words] for split, items in groups.items()}
+            setattr(facts, name, kept)
+        return facts
+
+    def max_near_misses(self, split: str | None) -> int:
+        """The largest number of near misses for which there are names, places and numbers enough."""
+        return min(len(self._places[split]), len(self._people[split]), len(self._numbers[split]) // 2) - 3
+
+    def case(self, rng: random.Random, split: str | None, task: str, num_near_misses: int) -> Case:
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
         num_subjects = num_near_misses + 1
@@ -202,7 +224,7 @@ class Facts:
         if task != "two_hop":
             # One near miss keeps the subject and changes the relation; the others do the reverse.
             facts[-1] = other_relation[0].format(place=places[0], value=values[-1])
-            return _Case(
+            return Case(
                 question=question.format(place=places[0]),
                 answer=values[0],
                 evidence=(facts[0],),
@@ -214,13 +236,59 @@ class Facts:
         people = rng.sample(self._people[split], num_chains)
         places, values, facts = places[:num_chains], values[:num_chains], facts[:num_chains]
         homes = [_HOME.format(person=person, place=place) for person, place in zip(people, places, strict=True)]
-        return _Case(
+        return Case(
             question=question.format(place=f"the town where {people[0]} lives"),
             answer=values[0],
             evidence=(homes[0], facts[0]),
             near_misses=(*homes[1:], *facts[1:]),
             entities=(*people, *places, *values),
         )
+
+    def multi_hop(self, rng: random.Random, split: str | None, num_near_misses: int) -> Case:
+        """A question that needs four facts: a sum, a difference, or who holds an office in the town with the most."""
+        (building, buildings, things), (other_building, _, other_things) = rng.sample(_COUNTED, 2)
+        num_places = num_near_misses + 3
+        places = self._similar_places(rng, split, num_places)
+        people = rng.sample(self._people[split], num_places)
+        values = rng.sample(self._numbers[split], num_places)
+        other_values = rng.sample([n for n in self._numbers[split] if n not in set(values)], 2)
+        facts = [
+            f"The {building} of {place} has {value} {things}." for place, value in zip(places, values, strict=True)
+        ]
+        near_misses = [
+            f"The {other_building} of {place} has {value} {other_things}."
+            for place, value in zip(places, other_values, strict=False)
+        ]
+        if rng.randrange(3) == 0:
+            role = rng.choice(_ROLES)
+            links = [f"The {role} of {place} is {person}." for place, person in zip(places, people, strict=True)]
+            most = max(range(3), key=values.__getitem__)
+            answer = people[most]
+            question = (
+                f"Of the towns {places[0]}, {places[1]} and {places[2]}, take the one whose {building} has the most "
+                f"{things}. Who is its {role}?"
+            )
+            evidence = (*facts[:3], links[most])
+            near_misses += [links[index] for index in range(3) if index != most]
+            rest = zip(facts[3:], links[3:], strict=True)
+        else:
+            links = [_HOME.format(person=person, place=place) for person, place in zip(people, places, strict=True)]
+            more, fewer = sorted((0, 1), key=values.__getitem__, reverse=True)
+            if rng.randrange(2) == 0:
+                answer = str(values[0] + values[1])
+                towns = f"the towns where {people[0]} and {people[1]} live"
+                question = f"How many {things} do the {buildings} of {towns} have together?"
+            else:
+                answer = str(values[more] - values[fewer])
+                question = (
+                    f"How many more {things} does the {building} of the town where {people[more]} lives have than the "
+                    f"{building} of the town where {people[fewer]} lives?"
+                )
+            evidence = (links[0], facts[0], links[1], facts[1])
+            rest = zip(facts[2:], links[2:], strict=True)
+        near_misses += [fact for pair in rest for fact in pair][: max(0, num_near_misses - len(near_misses))]
+        entities = (*places, *people, *map(str, (*values, *other_values)))
+        return Case(question, answer, evidence, tuple(near_misses), entities)
 
     def _similar_places(self, rng: random.Random, split: str | None, num_places: int) -> list[str]:
         """Places of which the later ones share, as far as there are any, their head with the first."""
@@ -412,4 +480,7 @@ def _write(rng: random.Random, sentences: tuple[str, ...], facts: list[tuple[str
 
 
 def count_word(text: str, word: str) -> int:
+    """How often a word stands in a text, not as a part of a longer one."""
+    if word not in text:  # much faster than the pattern
+        return 0
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text))

@@ -63,7 +63,6 @@ _OR = {
     "ru": "или",
     "uk": "чи",
     "sv": "eller",
-    "ja": "か",
     "zh": "还",
 }
 
@@ -348,10 +347,10 @@ async def _gather(draws: Iterable[Awaitable[Any]]) -> list[Any]:
 def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
     """Whether a reply says the same as the reference, by rule.
 
-    Equal words agree, and equal numbers, however thousands and decimals are parted. Of "yes" and "no", the first in
-    the reply counts; of option letters, the only one. Another short reference agrees with a short reply that holds it
-    as whole words, if the reply holds no other number than the reference does. A long one agrees with a reply that
-    shares enough words.
+    Equal words agree. Of "yes" and "no", the first in the reply counts; of option letters, the only one. Numbers, and
+    other short references, agree with a short reply that holds them, numbers however thousands and decimals are
+    parted, the rest as whole words, if it holds no other number. A long reference agrees with a reply that shares
+    enough words.
 
     Args:
         reference (`str`):
@@ -371,11 +370,11 @@ def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
     if re.fullmatch(r"\W*[A-Za-z]\W*", reference):
         return {letter.casefold() for letter in _OPTION_LETTER.findall(reply)} == set(expected)
     numbers, given_numbers = _numbers(reference), _numbers(reply)
-    has_other_numbers = not _all_among(given_numbers, numbers)
+    is_short, has_other_numbers = _length(given) <= _SHORT_REPLY_WORDS, not _all_among(given_numbers, numbers)
     if numbers and not any(character.isalpha() for character in reference):
-        return not has_other_numbers and _all_among(numbers, given_numbers)
+        return is_short and not has_other_numbers and _all_among(numbers, given_numbers)
     if _length(expected) <= _SHORT_ANSWER_WORDS:
-        return _length(given) <= _SHORT_REPLY_WORDS and _holds(given, expected) and not has_other_numbers
+        return is_short and _holds(given, expected) and not has_other_numbers
     shared = (Counter(expected) & Counter(given)).total()
     return 2 * shared / (len(expected) + len(given)) >= min_f1
 
