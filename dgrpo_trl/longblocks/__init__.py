@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         mix_short_and_long,
         split_by_id,
     )
-    from .rules import TASKS, Passage, RuleBuilder, split_passages
+    from .rule_engine import TASKS
     from .sources import CORPORA
 
 __all__ = [
@@ -28,15 +28,12 @@ __all__ = [
     "BuildConfig",
     "Builder",
     "DropCounts",
-    "Passage",
-    "RuleBuilder",
     "load_config",
     "load_conversations",
     "load_longblocks",
     "mix_short_and_long",
     "split_blocks",
     "split_by_id",
-    "split_passages",
 ]
 
 _NAMES = {
@@ -51,7 +48,7 @@ _NAMES = {
         "mix_short_and_long",
         "split_by_id",
     ),
-    "rules": ("TASKS", "Passage", "RuleBuilder", "split_passages"),
+    "rule_engine": ("TASKS",),
     "sources": ("CORPORA",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -1,59 +1,60 @@
 """Blocks: the contiguous pieces of a document that questions and evidence point at.
 
-| kind | natural borders |
+Splitting is the work of [semantic-text-splitter](https://github.com/benbrandt/text-splitter), which cuts at the widest
+border that fits the sizes:
+
+| kind | borders, the widest first |
 | --- | --- |
-| `text` | empty lines |
-| `markdown` | headings, which stay with what follows them, and empty lines outside fenced code |
-| `code` | Python: statements of the module, or of a class or function that is too long; else: see below |
-
-What is too long is cut at its sentences (`text`) or lines, failing that at clauses, words, anywhere.
-
-Python is read by `ast`. The packages with grammars of other languages fetch them from the network, so their layout
-decides instead: an empty line before a line that is not indented.
+| `text` | empty lines, lines, sentences, words, characters |
+| `markdown` | headings, thematic breaks, blocks such as lists, tables and fenced code, then as in text |
+| `code` | the levels of the syntax tree, by the tree-sitter grammar of the file's suffix; without one, as in text |
 """
 
-import ast
+import functools
 import hashlib
+import importlib
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import nsmallest
+from pathlib import PurePosixPath
 
 from pydantic import Field, model_validator
+from semantic_text_splitter import CodeSplitter, MarkdownSplitter, TextSplitter
 
 from .records import Kind, StrictModel
 
 
 Span = tuple[int, int]
 
-_PARAGRAPH_BORDER = re.compile(r"\n[ \t\r]*\n\s*")
+# Grammars by the suffix of the file: module, and the function of it that gives the language
+_GRAMMARS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys((".py", ".pyi"), ("tree_sitter_python", "language")),
+    **dict.fromkeys((".js", ".jsx", ".mjs", ".cjs"), ("tree_sitter_javascript", "language")),
+    ".ts": ("tree_sitter_typescript", "language_typescript"),
+    ".tsx": ("tree_sitter_typescript", "language_tsx"),
+    **dict.fromkeys((".c", ".h"), ("tree_sitter_c", "language")),
+    **dict.fromkeys((".cc", ".cpp", ".cxx", ".hh", ".hpp"), ("tree_sitter_cpp", "language")),
+    ".cs": ("tree_sitter_c_sharp", "language"),
+    ".java": ("tree_sitter_java", "language"),
+    **dict.fromkeys((".kt", ".kts"), ("tree_sitter_kotlin", "language")),
+    ".go": ("tree_sitter_go", "language"),
+    ".rs": ("tree_sitter_rust", "language"),
+    ".rb": ("tree_sitter_ruby", "language"),
+    ".php": ("tree_sitter_php", "language_php"),
+    ".scala": ("tree_sitter_scala", "language"),
+    ".hs": ("tree_sitter_haskell", "language"),
+    ".swift": ("tree_sitter_swift", "language"),
+    **dict.fromkeys((".sh", ".bash"), ("tree_sitter_bash", "language")),
+}
 
-_NEWLINE = "(?:\r\n|\n|\r(?!\n)|\x85|\u2028)"  # one line end is never taken for two
-_EMPTY_LINE = re.compile(rf"{_NEWLINE}[ \t]*{_NEWLINE}\s*|\u2029\s*")
-_LINE = re.compile("\r\n|\r|\n")  # what ends a line of Markdown and of Python
-_FENCE = re.compile(r"[ \t]*(?:>[ \t]*)*(`{3,}(?=[^`]*$)|~{3,})")
-_UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
-_HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|$)")
-
-# The last border of each kind in a piece of text: a greedy `.*` finds it from the end
-_EMPTY_LINES_CUT, _LINE_CUT, _SENTENCE_CUT, _CLAUSE_CUT, _WORD_CUT = (
-    re.compile(f"(?s:.*){border}")
-    for border in (
-        rf"(?:{_NEWLINE}[ \t]*{_NEWLINE}|\u2029)",
-        _NEWLINE,
-        r"(?:[.!?…؟।][\"'”’)»\]]*\s|[。！？][」』”’）]*)",
-        r"(?:[,;:،؛]\s|[、，；：])",
-        r"\s",
-    )
-)
-_PROSE_CUTS = (_EMPTY_LINES_CUT, _SENTENCE_CUT, _LINE_CUT, _CLAUSE_CUT, _WORD_CUT)
-_LAYOUT_CUTS = (_EMPTY_LINES_CUT, _LINE_CUT, _SENTENCE_CUT, _CLAUSE_CUT, _WORD_CUT)
-
-# Parsing takes about 100 bytes of memory a character
-MAX_PARSED_CHARS = 3_000_000
+# The splitter's work grows with the square of a stretch that has no border but between words or characters
+_NO_BORDER = r"[^\n.!?。！？؟।]"
+_STRETCH = re.compile(rf"{_NO_BORDER}{{3000,4000}}(?<=\s)|{_NO_BORDER}{{4000}}")
+# Parsing holds a node for every few characters
+_MAX_PARSED_CHARS = 3_000_000
 
 # Written without spaces between words, or with particles joined to them: compared by pairs of characters
 _UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
@@ -91,7 +92,7 @@ class BlocksConfig(StrictModel):
     """Section `blocks`: how documents are split, and which blocks count as related."""
 
     min_block_chars: int = Field(
-        default=400, ge=0, description="A shorter block is merged with the next one, where both fit in one block."
+        default=400, ge=1, description="Neighbours are joined until a block has so many characters, where they fit."
     )
     max_block_chars: int = Field(
         default=2000, ge=16, description="Longest block, in characters. A longer paragraph is cut at its sentences."
@@ -114,11 +115,10 @@ class BlocksConfig(StrictModel):
         return self
 
 
-def split_blocks(document: str, kind: Kind = "text", config: BlocksConfig | None = None) -> list[Block]:
+def split_blocks(
+    document: str, kind: Kind = "text", config: BlocksConfig | None = None, name: str = ""
+) -> list[Block]:
     """Splits a document at its natural borders. Each of its characters but white space is in exactly one block.
-
-    A block that is at least `min_block_chars` long as it stands ends a block in any case, so that an edit can move
-    borders no further than the next such piece of text.
 
     Args:
         document (`str`):
@@ -126,22 +126,45 @@ def split_blocks(document: str, kind: Kind = "text", config: BlocksConfig | None
         kind (`str`, *optional*, defaults to `"text"`):
             `"text"`, `"markdown"` or `"code"`.
         config ([`BlocksConfig`], *optional*):
-            Sizes. Without it the blocks are the paragraphs between empty lines, whatever their length and `kind`.
+            Sizes.
+        name (`str`, *optional*):
+            Name of the file, whose suffix says in which language code is.
 
     Returns:
         `list[Block]`: in order, without overlap.
     """
-    if config is None:
-        return blocks_at(document, _between(document, _PARAGRAPH_BORDER))
-    find_spans = {"text": _text_spans, "markdown": _markdown_spans, "code": _code_spans}[kind]
-    cuts = _PROSE_CUTS if kind == "text" else _LAYOUT_CUTS
-    spans = [
-        _trimmed(document, piece)
-        for span in find_spans(document, config.max_block_chars)
-        for piece in _cut(document, _trimmed(document, span), config.max_block_chars, cuts)
-    ]
-    spans = [span for span in spans if span[0] < span[1]]
-    return blocks_at(document, _merged(spans, config.min_block_chars, config.max_block_chars))
+    config = config or BlocksConfig()
+    splitter = _splitter(kind, config.min_block_chars, config.max_block_chars, name, len(document))
+    spans = []
+    for start, end in _without_long_stretches(document):
+        pieces = splitter.chunk_indices(document[start:end])
+        spans += [(start + offset, start + offset + len(text)) for offset, text in pieces]
+    return blocks_at(document, spans)
+
+
+def _splitter(
+    kind: Kind, min_chars: int, max_chars: int, name: str, num_chars: int
+) -> TextSplitter | MarkdownSplitter | CodeSplitter:
+    if kind == "markdown":
+        return MarkdownSplitter((min_chars, max_chars))
+    grammar = _GRAMMARS.get(PurePosixPath(name.lower()).suffix) if kind == "code" else None
+    if grammar is None or num_chars > _MAX_PARSED_CHARS:
+        return TextSplitter((min_chars, max_chars))
+    return CodeSplitter(_language(*grammar), (min_chars, max_chars))
+
+
+@functools.cache
+def _language(module: str, function: str) -> object:
+    return getattr(importlib.import_module(module), function)()
+
+
+def _without_long_stretches(document: str) -> Iterator[Span]:
+    """The document cut where 4,000 characters hold no end of a line or of a sentence; else whole."""
+    start = 0
+    for match in _STRETCH.finditer(document):
+        yield start, match.end()
+        start = match.end()
+    yield start, len(document)
 
 
 def blocks_at(document: str, spans: Iterable[Span]) -> list[Block]:
@@ -165,126 +188,6 @@ def _trimmed(document: str, span: Span) -> Span:
     stripped = text.lstrip()
     start = span[1] - len(stripped)
     return start, start + len(stripped.rstrip())
-
-
-def _between(document: str, border: re.Pattern[str]) -> list[Span]:
-    """The spans between the matches of a pattern."""
-    matches = [match.span() for match in border.finditer(document)]
-    starts = [0, *(end for _, end in matches)]
-    ends = [*(start for start, _ in matches), len(document)]
-    return list(zip(starts, ends, strict=True))
-
-
-def _from_starts(starts: list[int], end: int) -> list[Span]:
-    """The spans that begin at each of these offsets and together reach to `end`."""
-    return list(zip(starts, [*starts[1:], end], strict=True))
-
-
-def _cut(document: str, span: Span, max_chars: int, cuts: tuple[re.Pattern[str], ...]) -> Iterator[Span]:
-    """Pieces of at most `max_chars`: each ends at the best kind of border in the second half of what it may hold."""
-    start, end = span
-    while end - start > max_chars:
-        limit = start + max_chars
-        matches = (cut.match(document, start + max_chars // 2, limit) for cut in cuts)
-        match = next((match for match in matches if match), None)
-        middle = match.end() if match else limit
-        yield start, middle
-        start = middle
-    yield start, end
-
-
-def _merged(spans: list[Span], min_chars: int, max_chars: int) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in spans:
-        if merged and merged[-1][1] - merged[-1][0] < min_chars and end - merged[-1][0] <= max_chars:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    if len(merged) > 1 and merged[-1][1] - merged[-1][0] < min_chars and merged[-1][1] - merged[-2][0] <= max_chars:
-        merged[-2:] = [(merged[-2][0], merged[-1][1])]
-    return merged
-
-
-def _text_spans(document: str, max_chars: int) -> list[Span]:
-    return _between(document, _EMPTY_LINE)
-
-
-def _lines(document: str) -> Iterator[tuple[int, str]]:
-    """Offset and text of each line, its end left out."""
-    start = 0
-    for match in _LINE.finditer(document):
-        yield start, document[start : match.start()]
-        start = match.end()
-    yield start, document[start:]
-
-
-def _markdown_spans(document: str, max_chars: int) -> list[Span]:
-    """Paragraphs, lists, tables and fenced code, each whole; headings with the first of these below them."""
-    starts = [0]
-    fence = ""  # the marks that opened the fenced code which the line is in
-    is_after_empty_line = is_below_heading = False
-    for offset, line in _lines(document):
-        mark = _FENCE.match(line)
-        if fence:
-            if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
-                fence = ""
-        elif not line.strip():
-            is_after_empty_line = True
-        else:
-            is_heading = bool(_HEADING.match(line))
-            if (is_heading or is_after_empty_line) and not is_below_heading:
-                starts.append(offset)
-            is_underline = offset > 0 and not is_after_empty_line and bool(_UNDERLINE.match(line))
-            is_below_heading, is_after_empty_line = is_heading or is_underline, False
-            fence = mark[1] if mark else ""
-    return _from_starts(starts, len(document))
-
-
-def _code_spans(document: str, max_chars: int) -> list[Span]:
-    """Statements of a Python module; in other languages, what stands between empty lines and is not indented."""
-    module = parse_python(document)
-    if module is not None:
-        return list(_statement_spans(module.body, (0, len(document)), list(_lines(document)), max_chars))
-    ends = (match.end() for match in _EMPTY_LINE.finditer(document))
-    starts = [end for end in ends if document[end - 1] in "\r\n" and document[end : end + 1] not in ("", *")]}")]
-    return _from_starts([0, *starts], len(document))
-
-
-def parse_python(document: str) -> ast.Module | None:
-    """The syntax tree of a Python module that has any statement; `None` for anything else."""
-    if len(document) > MAX_PARSED_CHARS:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in its strings
-            module = ast.parse(document)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return module if module.body else None
-
-
-def _statement_spans(
-    statements: list[ast.stmt], span: Span, lines: list[tuple[int, str]], max_chars: int
-) -> Iterator[Span]:
-    """One span for each statement, with the comments above it; its own statements where it is too long."""
-    by_start = {span[0]: statements[0]}
-    for previous, statement in zip(statements, statements[1:], strict=False):
-        line = first_line(statement)
-        while line - 1 > previous.end_lineno and lines[line - 2][1].lstrip().startswith("#"):
-            line -= 1
-        if line > previous.end_lineno:
-            by_start[lines[line - 1][0]] = statement
-    for start, end in _from_starts(list(by_start), span[1]):
-        body = getattr(by_start[start], "body", None)
-        if end - start > max_chars and isinstance(body, list):
-            yield from _statement_spans(body, (start, end), lines, max_chars)
-        else:
-            yield start, end
-
-
-def first_line(statement: ast.stmt) -> int:
-    """Number of the line, from 1, where a statement begins, its decorators included."""
-    return min([statement.lineno, *(decorator.lineno for decorator in getattr(statement, "decorator_list", []))])
 
 
 def link_blocks(blocks: list[Block], config: BlocksConfig) -> list[list[int]]:

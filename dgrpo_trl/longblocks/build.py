@@ -456,7 +456,7 @@ class Builder:
         return respond, ROW_SCHEMA, list(clients.values())
 
     async def _split(self, document: Document) -> Result:
-        blocks = split_blocks(document.text, document.kind, self.config.blocks)
+        blocks = split_blocks(document.text, document.kind, self.config.blocks, document.source_id)
         record = {
             "document_id": document.id,
             "blocks": [{"id": block.id, "start": block.start, "end": block.end} for block in blocks],

@@ -9,7 +9,7 @@ A row's document is a window of a real one, of a chosen length. The task decides
 | `key_chain` | notes that lead from key to key, to a number; other chains beside | all in `TEMPLATES`, code |
 | `reconstruction` | blocks taken out, whose order is asked for | all in `TEMPLATES`, code |
 | `counting` | nothing: how often does a word occur? | those with spaces, code |
-| `unanswerable` | a chain whose last note is missing | those in `OR_SAY`, code |
+| `unanswerable` | a chain, or facts to look up (English, code), without the last of those needed | those in `OR_SAY` |
 
 The evidence of `reconstruction` is each mark of a gap with the blocks around it; that of `counting` is the blocks that
 hold the word. Code gets its facts as comments above a line, Markdown as paragraphs of their own.
@@ -189,15 +189,16 @@ class RuleEngine:
             return drop("too_short_for_task", f"{len(blocks)} blocks")
         task = rng.choices(list(weights), list(weights.values()))[0]
         length = self.config.lengths[number % len(self.config.lengths)]
-        share = 0.9
+        max_tokens = length and int(length * 0.9)
         for _ in range(_ATTEMPTS):
-            window = blocks if length is None else self._window(rng, document, blocks, int(length * share))
+            window = blocks if length is None else self._window(rng, document, blocks, max_tokens)
             draft = self._draft(rng, task, document, language, window)
             if draft is None:
                 continue
             text, row_blocks = _assemble(draft)
-            if length is not None and self.count_tokens(f"{text}\n\n{draft.question}") > length:
-                share *= 0.85
+            num_tokens = self.count_tokens(f"{text}\n\n{draft.question}")
+            if length is not None and num_tokens > length:
+                max_tokens -= num_tokens - length + length // 50 + 1
                 continue
             return Row(
                 document_id=document.id,
@@ -253,10 +254,13 @@ class RuleEngine:
             return self._counting(rng, language, window, between)
         text = document.text[window[0].start : window[-1].end]
         facts = self.facts.without(set(re.findall(r"\w+|\d+", text)))
-        if task in ENGLISH_TASKS:
+        if task in ENGLISH_TASKS or (task == "unanswerable" and language == "en" and rng.randrange(2)):
             num_tokens = len(text) / len(document.text) * document.num_tokens
             near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
-            case = self._case(rng, facts, task, min(near_misses, facts.max_near_misses(self.config.split)))
+            fact_task = rng.choice(FACT_TASKS) if task == "unanswerable" else task
+            case = self._case(rng, facts, fact_task, min(near_misses, facts.max_near_misses(self.config.split)))
+            if case is not None and task == "unanswerable":
+                case = _without_last_fact(case, not_stated(language))
         else:
             case = self._chains(rng, facts, language, task == "unanswerable", len(window) - 1)
         if case is None or any(count_word(text, entity) for entity in case.entities):
@@ -350,6 +354,11 @@ class RuleEngine:
         evidence = {i for i, text in enumerate(texts) if word in re.findall(r"\w+", text.lower())}
         question = TEMPLATES[language]["count"].format(word=word)
         return _Draft(texts, between, evidence, question, str(counts[word]))
+
+
+def _without_last_fact(case: Case, answer: str) -> Case:
+    """The same question, which the facts no longer answer: what led to the last one is a near miss now."""
+    return replace(case, answer=answer, evidence=(), near_misses=(*case.near_misses, *case.evidence[:-1]))
 
 
 def _insert(

@@ -1,36 +1,26 @@
-"""Long-document questions made by rule: facts written into real text, looked up among near misses.
+"""Facts about invented places and people, of which some answer a question and the others come near it.
 
-A document is a run of sentences of one source, in order, cut into blocks; a few one-sentence facts stand between them.
-One fact (or a chain of two) answers the question. The others have the same form and a similar subject, so that the
-reader must find the right one: matching the form alone is not enough. No language model is needed, the answer is
-certain, and the blocks that hold it are known, which gives the teacher its prompt.
+Each fact is one sentence. One of them, or several that belong together, answer the question; the others have the same
+form and a similar subject, so that the reader must find the right ones: matching the form alone is not enough.
 
 | task | fact | question |
 | --- | --- | --- |
 | `lookup_number` | The church of Ashwick has 412 windows. | How many windows does the church of Ashwick have? |
 | `lookup_name` | The baker of Ashwick is Clara. | Who is the baker of Ashwick? |
 | `two_hop` | Clara lives in Ashwick. + the first fact | How many ... of the town where Clara lives have? |
+| `multi_hop` | four of these | a sum, a difference, or who holds an office in the town with the most |
 """
 
 import copy
 import hashlib
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from .blocks import split_blocks
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-TASKS = FACT_TASKS = ("lookup_number", "lookup_name", "two_hop")
+FACT_TASKS = ("lookup_number", "lookup_name", "two_hop")
 SPLITS = ("train", "test")
-
-SYSTEM_MESSAGE = "Answer with one name or number."
 
 _PLACE_HEADS = (
     "Ash Ald Bar Birch Brad Bridge Clay Cliff Cross Dun East Elm Fair Farn Glen Green Hart Hazel High Holm King "
@@ -78,8 +68,6 @@ _NAME_RELATIONS = tuple(
 )
 _HOME = "{person} lives in {place}."
 
-_SENTENCE_BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z])")
-
 
 def _share(text: str, seed: int) -> float:
     """A number in [0, 1) that depends only on the text and the seed: the same on every machine and in every run."""
@@ -89,74 +77,6 @@ def _share(text: str, seed: int) -> float:
 
 def _split_of(text: str, seed: int, test_share: float) -> str:
     return "test" if _share(text, seed) < test_share else "train"
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A run of sentences of one source, in order, from which documents are cut.
-
-    Args:
-        id (`str`):
-            Name of the source and number of the run in it.
-        source (`str`):
-            Name of the source.
-        language (`str`):
-            Two-letter language code.
-        sentences (`tuple[str, ...]`):
-            The sentences, in order, each on one line.
-    """
-
-    id: str
-    source: str
-    language: str
-    sentences: tuple[str, ...]
-
-
-def split_passages(
-    text: str, source: str, language: str = "en", sentences_per_passage: int = 24, max_sentence_chars: int = 240
-) -> list[Passage]:
-    """Cut a source into passages. No sentence is in two of them.
-
-    A sentence that holds a digit could hold an answer by accident, and one that is very long does not fit a small
-    document: both are left out, as is what does not look like a sentence (titles, lists, names of speakers).
-
-    Args:
-        text (`str`):
-            The source, its headers already removed.
-        source (`str`):
-            Name for the `source` column.
-        language (`str`, *optional*, defaults to `"en"`):
-            Two-letter code for the `language` column.
-        sentences_per_passage (`int`, *optional*, defaults to `24`):
-            Sentences of a passage; the rest of the source, if shorter, is left out.
-        max_sentence_chars (`int`, *optional*, defaults to `240`):
-            Longest sentence kept, in characters.
-
-    Returns:
-        `list[Passage]`: the passages, in the order of the text.
-    """
-    sentences = [
-        sentence
-        for block in split_blocks(text)
-        for sentence in _SENTENCE_BORDER.split(" ".join(block.text.split()))
-        if _is_usable(sentence, max_sentence_chars)
-    ]
-    num_passages = len(sentences) // sentences_per_passage
-    return [
-        Passage(
-            id=f"{source}#{index}",
-            source=source,
-            language=language,
-            sentences=tuple(sentences[index * sentences_per_passage : (index + 1) * sentences_per_passage]),
-        )
-        for index in range(num_passages)
-    ]
-
-
-def _is_usable(sentence: str, max_sentence_chars: int) -> bool:
-    if len(sentence) > max_sentence_chars or len(sentence.split()) < 3:
-        return False
-    return sentence[-1] in ".!?" and not re.search(r"\d", sentence)
 
 
 @dataclass(frozen=True)
@@ -208,8 +128,8 @@ class Facts:
         return min(len(self._places[split]), len(self._people[split]), len(self._numbers[split]) // 2) - 3
 
     def case(self, rng: random.Random, split: str | None, task: str, num_near_misses: int) -> Case:
-        if task not in TASKS:
-            raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+        if task not in FACT_TASKS:
+            raise ValueError(f"`task` must be one of {FACT_TASKS}, got {task!r}.")
         num_subjects = num_near_misses + 1
         places = self._similar_places(rng, split, num_subjects)
         if task == "lookup_name":
@@ -299,184 +219,6 @@ class Facts:
         similar = rng.sample(similar, min(len(similar), num_places // 2))
         others = rng.sample([p for p in places if p != first and p not in similar], num_places - 1 - len(similar))
         return [first, *rng.sample(similar + others, num_places - 1)]
-
-
-class RuleBuilder:
-    """Builds rows of long-document questions by rule, the same ones for the same seed.
-
-    Places, people, numbers and passages are each given to `"train"` or `"test"` by a hash of the seed and their text,
-    so the two splits share no entity, no answer and no passage.
-
-    Args:
-        passages (`Iterable[Passage]`):
-            The real text, see [`split_passages`].
-        tokenizer (`PreTrainedTokenizerBase`):
-            Counts prompt lengths; must have a chat template.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the split and of every row.
-        test_share (`float`, *optional*, defaults to `0.3`):
-            Share of entities and passages kept for `"test"`, between 0 and 1.
-        tokens_per_near_miss (`int`, *optional*, defaults to `40`):
-            A prompt of n tokens holds about n divided by this many near misses, and never fewer than two.
-
-    Raises:
-        ValueError: if a passage holds the text of a special token of the tokenizer, which would become a real one.
-    """
-
-    def __init__(
-        self,
-        passages: Iterable[Passage],
-        tokenizer: "PreTrainedTokenizerBase",
-        seed: int = 0,
-        test_share: float = 0.3,
-        tokens_per_near_miss: int = 40,
-    ):
-        from ..data import escape_special_tokens  # brings TRL along
-
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.tokens_per_near_miss = tokens_per_near_miss
-
-        self._passages = {split: [] for split in SPLITS}
-        for passage in passages:
-            self._passages[_split_of(passage.id, seed, test_share)].append(passage)
-        self._facts = Facts(seed, test_share)
-        for split, own_passages in self._passages.items():
-            if not own_passages:
-                raise ValueError(f"No passage falls into the {split!r} split. Give more text.")
-            for passage in own_passages:
-                text = " ".join(passage.sentences)
-                if escape_special_tokens(text, tokenizer) != text:
-                    raise ValueError(
-                        f"Passage {passage.id!r} holds a special token of the tokenizer, which would become a real "
-                        "one. Apply `dgrpo_trl.data.escape_special_tokens` to the source."
-                    )
-
-    def rows(
-        self,
-        split: str,
-        num_rows: int,
-        length_bins: Iterable[int] = (128, 192, 256, 384),
-        tasks: Iterable[str] = TASKS,
-        tolerance_tokens: int = 16,
-    ) -> Iterator[dict]:
-        """Yield rows, going through every pair of task and length bin in turn.
-
-        Args:
-            split (`str`):
-                `"train"` or `"test"`.
-            num_rows (`int`):
-                Number of rows.
-            length_bins (`Iterable[int]`, *optional*, defaults to `(128, 192, 256, 384)`):
-                Longest prompt of each bin, in tokens of the tokenizer, chat template included.
-            tasks (`Iterable[str]`, *optional*, defaults to `TASKS`):
-                Tasks to use.
-            tolerance_tokens (`int`, *optional*, defaults to `16`):
-                A prompt is at most this much shorter than its bin.
-
-        Yields:
-            `dict`: the LongBlocks columns `id`, `document`, `source`, `language`, `question`, `answer`, and `task`,
-            `evidence` (list of `block`, `start`, `end`), `prompt` and `teacher_prompt` (conversational, the second
-            with the evidence blocks only), `length_bin` and `prompt_tokens`.
-
-        Raises:
-            ValueError: for an unknown split or task, or a bin that is too short for the facts.
-        """
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}.")
-        kinds = [(task, length_bin) for length_bin in length_bins for task in tasks]
-        seen = set()
-        for index in range(num_rows):
-            task, length_bin = kinds[index % len(kinds)]
-            for attempt in range(200):
-                rng = random.Random(f"{self.seed}:{split}:{index}:{attempt}")
-                row = self._row(rng, split, task, length_bin, tolerance_tokens)
-                if row is not None and row["id"] not in seen:
-                    break
-            else:
-                raise ValueError(
-                    f"No {task!r} row of {length_bin - tolerance_tokens} to {length_bin} prompt tokens could be "
-                    "built. Use a longer bin, a larger `tolerance_tokens` or `tokens_per_near_miss`, or more text."
-                )
-            seen.add(row["id"])
-            yield row
-
-    def _row(self, rng: random.Random, split: str, task: str, length_bin: int, tolerance_tokens: int) -> dict | None:
-        """One row, or `None` when the drawn facts and text do not fit together; the caller draws again."""
-        case = self._facts.case(rng, split, task, max(2, length_bin // self.tokens_per_near_miss))
-        passage = rng.choice(self._passages[split])
-        start = rng.randrange(len(passage.sentences))
-        facts = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
-        rng.shuffle(facts)
-
-        # The longest run of sentences that fits: the count grows with each sentence, so stop at the first excess.
-        best = None
-        for num_sentences in range(len(facts) // 2, len(passage.sentences) - start + 1):
-            sentences = passage.sentences[start : start + num_sentences]
-            document, evidence_texts = _write(rng, sentences, facts)
-            prompt = build_prompt(document, case.question)
-            num_tokens = self._num_tokens(prompt)
-            if num_tokens > length_bin:
-                break
-            best = (document, evidence_texts, prompt, num_tokens)
-        if best is None or best[3] < length_bin - tolerance_tokens:
-            return None
-        document, evidence_texts, prompt, num_tokens = best
-        text = " ".join(passage.sentences)
-        if any(count_word(text, entity) for entity in case.entities) or count_word(document, case.answer) != 1:
-            return None
-
-        evidence = [block for block in split_blocks(document) if block.text in evidence_texts]
-        return {
-            "id": hashlib.sha256(f"{document}\n{case.question}".encode()).hexdigest()[:16],
-            "document": document,
-            "source": passage.source,
-            "language": passage.language,
-            "question": case.question,
-            "answer": case.answer,
-            "task": task,
-            "evidence": [{"block": block.id, "start": block.start, "end": block.end} for block in evidence],
-            "prompt": prompt,
-            "teacher_prompt": build_prompt("\n\n".join(block.text for block in evidence), case.question),
-            "length_bin": length_bin,
-            "prompt_tokens": num_tokens,
-        }
-
-    def _num_tokens(self, prompt: list[dict]) -> int:
-        text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def build_prompt(context: str, question: str) -> list[dict]:
-    """The conversational prompt: the context, then the question. Student and teacher read the same form."""
-    return [
-        {"role": "system", "content": SYSTEM_MESSAGE},
-        {"role": "user", "content": f"{context}\n\n{question}"},
-    ]
-
-
-def _write(rng: random.Random, sentences: tuple[str, ...], facts: list[tuple[str, bool]]) -> tuple[str, set[str]]:
-    """Write the facts between the sentences and cut the text into blocks. A block holds one fact that is evidence, or
-    one or two that are not, so that the evidence blocks hold no near miss.
-
-    Returns the document and the texts of the evidence blocks.
-    """
-    groups = []
-    for fact, is_evidence in facts:
-        if groups and not is_evidence and not groups[-1][1] and len(groups[-1][0]) == 1:
-            groups[-1][0].append(fact)
-        else:
-            groups.append(([fact], is_evidence))
-    cuts = sorted(rng.randint(0, len(sentences)) for _ in range(len(groups) - 1))
-    blocks, evidence_texts = [], set()
-    for start, end, (group_facts, is_evidence) in zip([0, *cuts], [*cuts, len(sentences)], groups, strict=True):
-        lines = list(sentences[start:end])
-        for fact in group_facts:
-            lines.insert(rng.randint(0, len(lines)), fact)
-        blocks.append(" ".join(lines))
-        if is_evidence:
-            evidence_texts.add(blocks[-1])
-    return "\n\n".join(blocks), evidence_texts
 
 
 def count_word(text: str, word: str) -> int:
