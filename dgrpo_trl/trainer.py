@@ -23,6 +23,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 from .config import DGRPOConfig
 from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
 from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
+from .long_runs import CompleteCheckpoints
 from .losses import Distillation, aggregate
 from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
 from .prefix_attention import register
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class DGRPOTrainer(GRPOTrainer):
+class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     """
     Trainer for dGRPO (arXiv 2605.12227): GRPO on the student's own rollouts, plus the exact divergence to a teacher at
     every token of theirs, in one loss.

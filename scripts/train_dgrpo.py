@@ -14,15 +14,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, rewards
-from dgrpo_trl.data import load_rows
+from dgrpo_trl.long_runs import keep_run_id, train_to_the_end
+from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
 
 
 @dataclass
-class DGRPOScriptArguments(ScriptArguments):
-    """TRL's script arguments, and the rewards."""
+class DGRPOScriptArguments(LongBlocksArguments):
+    """The data, and the rewards."""
 
     reward_funcs: list[str] | None = field(
         default=None,
@@ -70,8 +72,8 @@ def load_reward_funcs(script_args: DGRPOScriptArguments) -> list[Callable]:
 
 
 def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_args: ModelConfig) -> None:
-    if script_args.dataset_name is None or model_args.model_name_or_path is None:
-        raise ValueError("`dataset_name` and `model_name_or_path` are required. Set them in the recipe or as flags.")
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing. There is no student. Set it in the recipe or as a flag.")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -79,23 +81,30 @@ def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_ar
         **(training_args.model_init_kwargs or {}),
     }
 
-    def load(split: str):
-        name, config = script_args.dataset_name, script_args.dataset_config
-        return load_rows(name, config, split, script_args.dataset_streaming)
-
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    with training_args.main_process_first(desc="reading the data"):
+        train_dataset, eval_dataset = load_training_data(
+            script_args,
+            tokenizer,
+            chat_template_kwargs=training_args.chat_template_kwargs,
+            seed=training_args.data_seed or training_args.seed,
+            with_test=training_args.eval_strategy != "no",
+        )
+    keep_run_id(training_args)
     trainer = DGRPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=load_reward_funcs(script_args),
         args=training_args,
-        train_dataset=load(script_args.dataset_train_split),
-        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()  # trainer_state.json, the log that reports are drawn from
+    train_to_the_end(trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

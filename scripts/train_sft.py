@@ -2,30 +2,23 @@
 
     accelerate launch scripts/train_sft.py --config recipes/smollm2-135m/sft/demo.yaml
 
-Only the completion is trained on. Every field of TRL's `SFTConfig` and `ModelConfig` is a key of the recipe and a flag
-of the command line; a key that no argument matches is an error.
+Only the completion is trained on: the reference answers, or a teacher's responses, which makes it off-policy
+distillation. Every field of TRL's `SFTConfig` and `ModelConfig` is a key of the recipe and a flag of the command line;
+a key that no argument matches is an error.
 """
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import (
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from dgrpo_trl.data import escape_messages, load_rows
+from dgrpo_trl.long_runs import CompleteCheckpoints, keep_run_id, train_to_the_end
+from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
 
 
 @dataclass
-class SFTScriptArguments(ScriptArguments):
-    """TRL's script arguments, and the column to train on."""
+class SFTScriptArguments(LongBlocksArguments):
+    """The data, and which column to learn."""
 
     completion_column: str = field(
         default="answer",
@@ -33,36 +26,13 @@ class SFTScriptArguments(ScriptArguments):
     )
 
 
-def to_prompt_completion(dataset: Dataset, completion_column: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Keep the conversational `prompt`, and make the text of `completion_column` the assistant's `completion`.
-
-    Special tokens that stand literally in a prompt are broken up, as the dGRPO trainer does.
-
-    Raises:
-        ValueError: If a column is missing.
-    """
-    missing = {"prompt", completion_column} - set(dataset.column_names)
-    if missing:
-        raise ValueError(
-            f"The data set has no column {sorted(missing)}; its columns are {dataset.column_names}. Rename one, or "
-            "set `completion_column`."
-        )
-
-    def convert(row: dict) -> dict:
-        return {
-            "prompt": escape_messages(row["prompt"], tokenizer),
-            "completion": [{"role": "assistant", "content": row[completion_column]}],
-        }
-
-    return dataset.map(
-        convert,
-        remove_columns=[name for name in dataset.column_names if name != "prompt"],
-    )
+class ResumableSFTTrainer(CompleteCheckpoints, SFTTrainer):
+    """`SFTTrainer`, whose checkpoints are marked when they are whole."""
 
 
 def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    if script_args.dataset_name is None or model_args.model_name_or_path is None:
-        raise ValueError("`dataset_name` and `model_name_or_path` are required. Set them in the recipe or as flags.")
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing. There is no student. Set it in the recipe or as a flag.")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -74,19 +44,28 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
-    trainer = SFTTrainer(
+    with training_args.main_process_first(desc="reading the data"):
+        train_dataset, eval_dataset = load_training_data(
+            script_args,
+            tokenizer,
+            completion_column=script_args.completion_column,
+            max_length=training_args.max_length,
+            seed=training_args.data_seed or training_args.seed,
+            with_test=training_args.eval_strategy != "no",
+        )
+    keep_run_id(training_args)
+    trainer = ResumableSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=to_prompt_completion(dataset, script_args.completion_column, tokenizer),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()  # trainer_state.json, the log that reports are drawn from
+    train_to_the_end(trainer)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,11 @@ def test_wilson_interval_of_known_cases(num_correct, num_rows, expected):
     assert wilson_interval(num_correct, num_rows) == pytest.approx(expected, abs=1e-4)
 
 
+def test_wilson_interval_holds_the_share_itself_at_both_ends():
+    for num_rows in range(1, 200):
+        assert wilson_interval(num_rows, num_rows)[1] == 1.0 and wilson_interval(0, num_rows)[0] == 0.0
+
+
 @pytest.mark.parametrize(("num_correct", "num_rows"), [(0, 0), (-1, 5), (6, 5)])
 def test_wilson_interval_rejects_impossible_counts(num_correct, num_rows):
     with pytest.raises(ValueError, match="num_correct"):

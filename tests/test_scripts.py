@@ -72,19 +72,15 @@ def test_train_dgrpo_trains_an_adapter_with_its_base_as_teacher(student, rows, t
     assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
 
 
-def test_train_sft_learns_the_answers_and_keeps_literals_as_text(student, rows, tmp_path, tokenizer):
+def test_train_sft_learns_the_answers(student, rows, tmp_path):
     output = tmp_path / "out"
     run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output))
     before, after = weights(student), weights(output)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    converted = script("train_sft").to_prompt_completion(Dataset.from_parquet(rows), "answer", tokenizer)
-    assert converted[3]["completion"] == [{"role": "assistant", "content": "3"}]
-    ids = tokenizer.apply_chat_template(converted[3]["prompt"])["input_ids"]
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the template's own
 
 
 def test_train_sft_names_a_missing_column(student, rows, tmp_path):
-    with pytest.raises(ValueError, match=r"no column \['response'\]"):
+    with pytest.raises(ValueError, match="no column 'response'"):
         run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
 
 

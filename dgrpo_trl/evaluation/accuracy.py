@@ -34,7 +34,8 @@ def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tup
     z2 = z * z / num_rows
     center = (share + z2 / 2) / (1 + z2)
     half_width = z / (1 + z2) * math.sqrt(share * (1 - share) / num_rows + z2 / (4 * num_rows))
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    # At 0 and 1 the share itself is an end, which rounding may miss
+    return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
 
 
 @torch.no_grad()

@@ -1,0 +1,210 @@
+"""Data of a training run, as its recipe describes it: LongBlocks or any prompts, short rows, rows held out."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments
+
+from .data import escape_messages, load_rows, prompt_token_counter
+from .longblocks.load import load_conversations, load_longblocks, mix_short_and_long, split_by_id
+
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+
+
+@dataclass
+class LongBlocksArguments(ScriptArguments):
+    """
+    TRL's script arguments, and what the paper's recipe does to the data: a budget of tokens, short rows mixed in,
+    books put together from the reader's copy.
+
+    `dataset_name` is a file, a folder or a Hub id. Its rows have the columns of LongBlocks (`id`, `document`,
+    `question`, `answer`), or a `prompt`.
+    """
+
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt, in tokens of the student with its chat template. Longer rows are left out."
+        },
+    )
+    short_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Short conversations to mix in: file, folder or Hub id, with a column `messages`."},
+    )
+    short_dataset_split: str = field(default="train", metadata={"help": "Split of the short conversations."})
+    short_share: float = field(default=0.1, metadata={"help": "Share of short rows, in (0, 1); the paper's is 0.1."})
+    test_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the documents that is held out for evaluation, by a hash of their id; 0 takes "
+            "`dataset_test_split` instead."
+        },
+    )
+    books: str | None = field(
+        default=None,
+        metadata={"help": "Institutional Books, where rows of LongBlocks have no document: Hub id or local copy."},
+    )
+    books_cache: str | None = field(
+        default=None, metadata={"help": "File that keeps the books found, so that the collection is read once."}
+    )
+
+
+def load_training_data(
+    args: LongBlocksArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    completion_column: str | None = None,
+    max_length: int | None = None,
+    chat_template_kwargs: dict | None = None,
+    seed: int = 0,
+    with_test: bool = False,
+) -> tuple[AnyDataset, AnyDataset | None]:
+    """Rows to train on, and rows to evaluate on.
+
+    Args:
+        args ([`LongBlocksArguments`]):
+            What the recipe says.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's. Counts prompts, and breaks up special tokens that stand literally in them.
+        completion_column (`str`, *optional*):
+            Column to learn from by SFT; the rows then have `prompt` and `completion` alone. Without it they have
+            `prompt` and all their columns, for dGRPO.
+        max_length (`int`, *optional*):
+            Longest row for SFT, prompt and completion, in tokens. Longer ones are left out and counted; `SFTTrainer`
+            would cut them, and train on answers without their ends.
+        chat_template_kwargs (`dict`, *optional*):
+            What the trainer gives to the chat template.
+        seed (`int`, *optional*, defaults to `0`):
+            Order of the mixture, and choice of the documents held out.
+        with_test (`bool`, *optional*, defaults to `False`):
+            Also give rows to evaluate on: those held out, or the split `dataset_test_split`. No short row is among
+            them.
+
+    Returns:
+        `tuple`: two data sets; the second is `None` without `with_test`.
+
+    Raises:
+        ValueError: If a set cannot be read or lacks a column, a share is out of range, or no row is left.
+    """
+    if not 0 <= args.test_share < 1:
+        raise ValueError(
+            f"`test_share` is {args.test_share}. It is a share of the documents. Choose from 0 to below 1."
+        )
+    if args.dataset_name is None:
+        raise ValueError("`dataset_name` is missing. There is nothing to train on. Set it in the recipe or as a flag.")
+    reader = _Reader(args, tokenizer, completion_column, chat_template_kwargs or {})
+    train, test = reader.long_rows(args.dataset_train_split), None
+    if args.test_share > 0:
+        column = next((c for c in ("document_sha256", "id") if c in (train.column_names or ())), None)
+        if column is None:
+            raise ValueError(
+                f"`test_share` is {args.test_share}, but the rows have no column 'id'. Documents are held out by a "
+                "hash of it. Add one, or set `test_share: 0`."
+            )
+        sides = split_by_id(train, args.test_share, seed, column)
+        train, test = sides["train"], sides["test"] if with_test else None
+    elif with_test:
+        test = reader.long_rows(args.dataset_test_split)
+    if completion_column is not None:
+        train = reader.for_sft(train, max_length)
+        test = None if test is None else reader.for_sft(test, max_length)
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise ValueError(
+            f"No row of {args.dataset_name!r} is left to train on. The log says why they were left out. Raise "
+            "`max_prompt_tokens`, or give `books` where rows have no document."
+        )
+    if args.short_dataset_name is not None:
+        short = reader.short_rows()
+        if completion_column is not None:
+            short = reader.for_sft(short, max_length)
+        train = mix_short_and_long(short, train, args.short_share, seed)
+        logger.info(f"{args.short_share:.0%} of the rows are short, from {args.short_dataset_name}")
+    return train, test
+
+
+@dataclass(frozen=True)
+class _Reader:
+    args: LongBlocksArguments
+    tokenizer: PreTrainedTokenizerBase
+    completion_column: str | None
+    chat_template_kwargs: dict
+
+    def long_rows(self, split: str) -> AnyDataset:
+        """Rows of `dataset_name` with a `prompt`, within the budget; all their columns are kept."""
+        args = self.args
+        rows = load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)
+        if rows.column_names is not None and "prompt" in rows.column_names:
+            return self._with_completion(self._within_budget(rows))
+        return load_longblocks(
+            rows,
+            streaming=args.dataset_streaming,
+            completion_column=self.completion_column,
+            tokenizer=self.tokenizer,
+            max_prompt_tokens=args.max_prompt_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+            books=args.books,
+            books_cache=args.books_cache,
+            keep_document=False,
+        )
+
+    def short_rows(self) -> AnyDataset:
+        return load_conversations(
+            self.args.short_dataset_name,
+            split=self.args.short_dataset_split,
+            streaming=self.args.dataset_streaming,
+            completion=self.completion_column is not None,
+            tokenizer=self.tokenizer,
+            max_prompt_tokens=self.args.max_prompt_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def for_sft(self, rows: AnyDataset, max_length: int | None) -> AnyDataset:
+        """`prompt` and `completion` alone (TRL would take other columns for parts of the example), none too long."""
+        rows = rows.select_columns(["prompt", "completion"])
+        if max_length is None:
+            return rows
+        return self._filtered(rows, lambda row: self._num_tokens(row) <= max_length, "longer_than_max_length")
+
+    def _num_tokens(self, row: dict) -> int:
+        """Tokens of a row for SFT, prompt and completion."""
+        if isinstance(row["prompt"], str):
+            return len(self.tokenizer(row["prompt"] + row["completion"])["input_ids"])
+        messages = [*row["prompt"], *row["completion"]]
+        return len(self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+
+    def _filtered(self, rows: AnyDataset, keeps: Callable[[dict], bool], reason: str) -> AnyDataset:
+        kept = rows.filter(keeps)
+        if isinstance(rows, Dataset) and len(kept) < len(rows):
+            logger.warning(f"{len(rows) - len(kept)} of {len(rows)} rows are left out: {reason}")
+        return kept
+
+    def _within_budget(self, rows: AnyDataset) -> AnyDataset:
+        if self.args.max_prompt_tokens is None:
+            return rows
+        count = prompt_token_counter(self.tokenizer, self.chat_template_kwargs, None)
+        max_tokens = self.args.max_prompt_tokens
+        return self._filtered(rows, lambda row: count([row["prompt"]])[0] <= max_tokens, "prompt_too_long")
+
+    def _with_completion(self, rows: AnyDataset) -> AnyDataset:
+        if self.completion_column is None:
+            return rows
+        if self.completion_column not in rows.column_names:
+            raise ValueError(
+                f"The data set has no column {self.completion_column!r}; its columns are {rows.column_names}. Rename "
+                "one, or set `completion_column`."
+            )
+
+        def convert(row: dict) -> dict:
+            prompt = row["prompt"]
+            if isinstance(prompt, str):
+                return {"completion": row[self.completion_column]}
+            completion = [{"role": "assistant", "content": row[self.completion_column]}]
+            return {"prompt": escape_messages(prompt, self.tokenizer), "completion": completion}
+
+        return rows.map(convert)
