@@ -37,6 +37,9 @@ class DGRPOConfig(GRPOConfig):
             Column of the data set with a prompt for the teacher's eyes only. Where a row has one, the teacher scores
             the student's completion under it; elsewhere, and always if this is `None`, it reads the student's prompt,
             which is the paper's method.
+        teacher_offload (`str`, *optional*):
+            `"cpu"` keeps the teacher, each rank's shard of it under ZeRO-3, in the memory of the host while it has
+            nothing to score: the student then has the device to itself. Costs two copies a generation batch.
 
         > Parameters that control the distillation
 
@@ -64,6 +67,12 @@ class DGRPOConfig(GRPOConfig):
             Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the whole, the
             memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and
             without sharing the padding too.
+
+        > Parameters that control what happens when something fails
+
+        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
+            An optimiser step whose loss or gradient is NaN or infinite is skipped, and its rows are reported. After so
+            many in a row, training stops.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -89,6 +98,14 @@ class DGRPOConfig(GRPOConfig):
         metadata={
             "help": "Data-set column with a prompt for the teacher alone. Rows without one, and all rows if this is "
             "None, are scored under the student's prompt."
+        },
+    )
+
+    teacher_offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "'cpu' keeps the teacher in the memory of the host while it has nothing to score.",
+            "choices": ["cpu"],
         },
     )
 
@@ -129,6 +146,12 @@ class DGRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control what happens when something fails
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={"help": "Stop after so many optimiser steps in a row with a NaN or infinite loss or gradient."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.shared_prefix, bool):  # what YAML makes of `on` and `off`
@@ -157,4 +180,13 @@ class DGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_tokens_per_micro_batch` must be at least 1, got {self.max_tokens_per_micro_batch}. It bounds "
                 "the tokens of one forward. Leave it out for no bound."
+            )
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(
+                f"`max_nonfinite_steps` must be at least 1, got {self.max_nonfinite_steps}. Training stops after so "
+                "many failed steps in a row. Set it to 1 to stop at the first."
+            )
+        if self.teacher_offload not in (None, "cpu"):
+            raise ValueError(
+                f"`teacher_offload` is {self.teacher_offload!r}, which is not known. Set it to 'cpu', or leave it out."
             )

@@ -236,6 +236,12 @@ class Teacher:
             Run each prompt once for all its completions.
         shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
             Attention kernels of the shared prefix.
+        offload_device (`str`, *optional*):
+            Where the weights wait while there is nothing to score, all but those of the LM head, which the student's
+            loss reads.
+
+    Raises:
+        NotImplementedError: If the weights cannot be moved: under FSDP, or quantised ones.
     """
 
     def __init__(
@@ -247,8 +253,10 @@ class Teacher:
         fp32_projection: bool = False,
         shares_prefix: bool = False,
         shared_prefix_backend: str = "auto",
+        offload_device: str | None = None,
     ):
         self.accelerator = accelerator
+        self.offload_device = offload_device
         self.fp32_projection = fp32_projection
         self.shares_prefix = shares_prefix
         self.shared_prefix_backend = shared_prefix_backend
@@ -256,6 +264,8 @@ class Teacher:
         if self.is_base:
             self.model = student
             return
+        if offload_device is not None:
+            _check_movable(model, accelerator)
         add_completion_scoring(base_model(model), temperature, fp32_projection)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.model = prepare_deepspeed(model, accelerator)
@@ -267,6 +277,34 @@ class Teacher:
         # the loss gathers it
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._check_head()
+        if offload_device is not None:
+            self._move(offload_device)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it the weights are on the device of the run; else they wait where they were told to."""
+        if self.is_base or self.offload_device is None:
+            yield
+            return
+        self._move(self.accelerator.device)
+        try:
+            yield
+        finally:
+            self._move(self.offload_device)
+
+    def _move(self, device: str | torch.device) -> None:
+        """Moves the weights, each rank's shard of them under ZeRO-3, but for those of the LM head."""
+        for parameter in self._movable().values():
+            shard = getattr(parameter, "ds_tensor", None)
+            if shard is not None:
+                shard.data = shard.data.to(device)
+            if shard is None or parameter.data.numel() > 0:  # ZeRO-3 keeps small ones whole beside their shards
+                parameter.data = parameter.data.to(device)
+
+    def _movable(self) -> dict[str, nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        head = {id(parameter) for parameter in base_model(model).get_output_embeddings().parameters()}
+        return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in head}
 
     @property
     def head(self) -> LMHead:
@@ -370,6 +408,19 @@ class Teacher:
                 f"by up to {(got - expected).abs().max().item():.3g} nats: it transforms its logits in a way that is "
                 "not known here, and the divergence would be wrong. Please open an issue that names the model."
             )
+
+
+def _check_movable(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise NotImplementedError(
+            "`teacher_offload` is set under FSDP, which holds the shards itself. Leave it out and set "
+            "`fsdp_offload_params` in the accelerate configuration, or run under DeepSpeed ZeRO-3."
+        )
+    if getattr(model, "is_quantized", False):
+        raise NotImplementedError(
+            "`teacher_offload` is set, but the teacher is quantised, and its weights are bound to their device. Leave "
+            "it out: a quantised teacher takes little memory."
+        )
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -5,7 +5,7 @@ import itertools
 import math
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from .data import check_dataset, check_prompt_lengths, escape_messages, max_posi
 from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
 from .long_runs import CompleteCheckpoints
 from .losses import Distillation, aggregate
+from .nonfinite import NonFiniteGuard
 from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
 from .prefix_attention import register
 from .rollouts import Rollouts
@@ -37,6 +38,7 @@ from .teacher import (
     load_teacher_config,
     resolve_teacher,
 )
+from .vllm_server import ServerLost, report_losses, wait_for_server
 
 
 if TYPE_CHECKING:
@@ -186,6 +188,10 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
         self._teacher_states = None  # its teacher hidden states
         self._has_new_rollouts = False
+        self._guard = NonFiniteGuard(self, args.max_nonfinite_steps)
+        self.add_callback(self._guard)
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            report_losses(self.vllm_generation.vllm_client)
         self._shares_prefix = self._can_share(self.model, "the student")
         self._student_check = ExactnessCheck(self.accelerator)
         # Whether our forward replaces the parent's, which is left alone where there is no need to
@@ -211,6 +217,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             args.cast_lm_head_to_fp32,
             self._shares_prefix if self.teacher_model is None else self._can_share(self.teacher_model, "the teacher"),
             args.shared_prefix_backend,
+            args.teacher_offload,
         )
         self._teacher_check = ExactnessCheck(self.accelerator)
         if self.teacher_model is not None:
@@ -325,7 +332,22 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         self._check_positions(prompt_ids, "the student")
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        while True:
+            self._wait_for_vllm()
+            try:
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            except ServerLost as error:
+                logger.warning(f"The vLLM server was lost while it generated: {error}")
+
+    def _wait_for_vllm(self) -> None:
+        """Waits for the server, and brings one that has been away to the student's weights. A collective call."""
+        client = getattr(self.vllm_generation, "vllm_client", None)  # of the main process alone
+        if wait_for_server(client, self.accelerator, self.args.vllm_server_timeout):
+            if client is not None:
+                client.init_communicator(device=self.accelerator.device)
+            self._last_loaded_step = -1  # of TRL: the step whose weights the server has
 
     def _check_positions(self, prompt_ids: list[list[int]], reader: str) -> None:
         """Raises if a prompt leaves `reader` no room for the longest completion: streams are not checked before."""
@@ -364,7 +386,10 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         is_training = self.model.training
         start = _synchronized_clock()
         prompt_ids = self._teacher_prompt_ids(inputs, rollouts)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with (
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self.teacher.on_device(),
+        ):
             if self.teacher.shares_prefix:
                 self._check_teacher(prompt_ids, rollouts)
             rollouts["teacher_hidden_states"] = self.teacher.hidden_states(
@@ -482,7 +507,10 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         if not self._distills:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            self._guard.look(inputs, {"GRPO": loss}, self._scored)
+            self._scored = None
+            return loss
         self._teacher_states = inputs["teacher_hidden_states"]
         try:
             grpo_loss = super()._compute_loss(model, inputs)  # its one forward also gives `self._scored`
@@ -505,6 +533,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             token_normalizer,
             accumulation_steps,
         )
+        self._guard.look(inputs, {"GRPO": grpo_loss, "teacher": distill_loss}, scored)
         self._log_distillation(scored, mask, grpo_loss, distill_loss)
         return grpo_loss + distill_loss
 
@@ -542,6 +571,11 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             metrics["distill/teacher_time_share"].append(self._teacher_seconds / metrics["step_time"][-1])
             self._teacher_seconds = 0.0
         return output
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.gradient_is_finite = grad_norm is None or math.isfinite(float(grad_norm))
+        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self._has_rewards:  # the stand-in's zeros would read like a run that fails
@@ -637,6 +671,13 @@ def _checked(reward_func):
         return reward_func
     name = get_callable_name(reward_func)
 
+    def failure(error: Exception, place: str) -> RuntimeError:
+        return RuntimeError(
+            f"Reward function `{name}` raised {type(error).__name__}: {error}. It did so for {place}. Without its "
+            "reward a completion cannot be learnt from. Mend the function; it may return `None` for a completion that "
+            "it cannot score."
+        )
+
     def check(rewards, completions):
         if len(rewards) != len(completions):
             raise ValueError(
@@ -655,15 +696,45 @@ def _checked(reward_func):
     if is_async_callable(reward_func):
 
         async def wrapper(*args, **kwargs):
-            return check(await reward_func(*args, **kwargs), kwargs["completions"])
+            try:
+                rewards = await reward_func(*args, **kwargs)
+            except Exception as error:
+                for place, row in _single_rows(kwargs):
+                    try:
+                        await reward_func(*args, **row)
+                    except Exception as again:
+                        raise failure(again, place) from error
+                raise failure(error, "the completions together, and for none of them alone") from error
+            return check(rewards, kwargs["completions"])
     else:
 
         def wrapper(*args, **kwargs):
-            return check(reward_func(*args, **kwargs), kwargs["completions"])
+            try:
+                rewards = reward_func(*args, **kwargs)
+            except Exception as error:
+                for place, row in _single_rows(kwargs):
+                    try:
+                        reward_func(*args, **row)
+                    except Exception as again:
+                        raise failure(again, place) from error
+                raise failure(error, "the completions together, and for none of them alone") from error
+            return check(rewards, kwargs["completions"])
 
     functools.update_wrapper(wrapper, reward_func)
     wrapper.__name__ = name  # the metrics are named after it
     return wrapper
+
+
+def _single_rows(kwargs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The arguments of a reward function for one completion at a time, each with words that say which it is."""
+    num_rows = len(kwargs["completions"])
+    for i in range(num_rows):
+        row = {
+            name: [value[i]] if isinstance(value, list) and len(value) == num_rows else value
+            for name, value in kwargs.items()
+        }
+        prompt, completion = str(row.get("prompts", [""])[0]), str(row["completions"][0])
+        yield f"completion {i} of {num_rows}, {completion[:300]!r}, of the prompt that ends {prompt[-300:]!r}", row
 
 
 def _synchronized_clock() -> float:

@@ -1,0 +1,315 @@
+"""What fails in a long run: steps that are not finite, rewards that raise, a vLLM server that goes away."""
+
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+from chat_server import ChatServer, Fault
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from dgrpo_trl import DGRPOTrainer, vllm_server
+from dgrpo_trl.vllm_server import ServerLost, report_losses, wait_for_server
+
+
+class Spoiling(DGRPOTrainer):
+    """Puts a NaN into what the teacher says of one row, in some generation batches."""
+
+    spoilt: set[int] = set()
+    num_batches = 0
+
+    def _generate_and_score_completions(self, inputs):
+        rollouts = super()._generate_and_score_completions(inputs)
+        self.num_batches += 1
+        if self.num_batches in self.spoilt:
+            if "teacher_hidden_states" in rollouts:
+                rollouts["teacher_hidden_states"][2, 0, 0] = float("nan")
+            else:
+                rollouts["advantages"][2] = float("inf")
+        return rollouts
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+class Record:
+    """The weights after every step."""
+
+    def __init__(self, trainer):
+        self.steps = [weights(trainer)]
+        on_step_end = trainer.callback_handler.on_step_end
+
+        def record(*args, **kwargs):
+            self.steps.append(weights(trainer))
+            return on_step_end(*args, **kwargs)
+
+        trainer.callback_handler.on_step_end = record
+
+    def moved(self):
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return [any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs]
+
+
+@pytest.mark.parametrize("distills", [True, False])
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_rows_are_named(
+    make_trainer, saved_teacher, caplog, optim, distills
+):
+    options = {"teacher_model": saved_teacher} if distills else {"distill_coef": 0.0}
+    trainer = make_trainer(Spoiling, max_steps=4, optim=optim, weight_decay=0.1, logging_steps=1, **options)
+    trainer.spoilt = {2}
+    record = Record(trainer)
+    trainer.train()
+    assert record.moved() == [True, False, True, True]  # Adam's momentum and the decay did not move it either
+    message = next(text for text in caplog.messages if "is not finite" in text)
+    term, fault = ("teacher", "divergence to the teacher") if distills else ("GRPO", "advantage")
+    assert f"Step 2 on rank 0: the {term} term" in message
+    assert re.search(rf"Rows: \d \({fault}\)", message) and message.count(fault) == 1
+    assert "What is the number?" in message
+    assert "Step 2 is skipped" in caplog.text
+
+
+def test_training_stops_after_so_many_in_a_row(make_trainer, saved_teacher):
+    trainer = make_trainer(Spoiling, max_steps=9, teacher_model=saved_teacher, max_nonfinite_steps=2)
+    trainer.spoilt = {2, 4, 5}
+    record = Record(trainer)
+    with pytest.raises(RuntimeError, match="2 optimiser steps in a row were not finite; the last: the teacher term"):
+        trainer.train()
+    assert trainer.state.global_step == 4 and record.moved() == [True, False, True, False]
+
+
+def test_one_bad_micro_batch_skips_the_whole_step(make_trainer, saved_teacher):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = make_trainer(Spoiling, teacher_model=saved_teacher, **options)
+    trainer.spoilt = {1}
+    record = Record(trainer)
+    trainer.train()
+    assert record.moved() == [False, True]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(make_trainer, saved_teacher):
+    trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher)
+    parameter = trainer.model.model.layers[0].mlp.up_proj.weight
+    parameter.register_hook(lambda gradient: gradient * (float("inf") if trainer.state.global_step == 0 else 1.0))
+    record = Record(trainer)
+    trainer.train()
+    assert record.moved() == [False, True]
+
+
+def failing_reward(completions, answer, **kwargs):
+    if "13" in answer:
+        raise KeyError("price")
+    return [0.0] * len(completions)
+
+
+async def failing_async_reward(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return failing_reward(completions, answer)
+
+
+def failing_on_many(completions, **kwargs):
+    if len(completions) > 1:
+        raise RuntimeError("too many")
+    return [0.0]
+
+
+@pytest.mark.parametrize("reward", [failing_reward, failing_async_reward], ids=lambda reward: reward.__name__)
+def test_a_reward_that_raises_names_itself_and_the_row(make_trainer, saved_teacher, reward):
+    trainer = make_trainer(DGRPOTrainer, reward_funcs=reward, teacher_model=saved_teacher, max_steps=32)
+    name = reward.__name__
+    with pytest.raises(
+        RuntimeError, match=rf"(?s)`{name}` raised KeyError.*completion \d of 4.*has number 13\."
+    ) as error:
+        trainer.train()
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_reward_that_raises_for_all_together_says_so(make_trainer, saved_teacher):
+    trainer = make_trainer(DGRPOTrainer, reward_funcs=failing_on_many, teacher_model=saved_teacher)
+    with pytest.raises(RuntimeError, match="the completions together, and for none of them alone"):
+        trainer.train()
+
+
+# --- The vLLM server
+
+
+SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+    def reply(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        self.reply({})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        global left
+        left -= 1
+        if left < 0:
+            import os
+            os._exit(1)  # in the middle of a request
+        self.reply({"choices": []})
+
+left = int(sys.argv[2])
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+class Server:
+    """A server of our own that can be started, dies after some requests, and is started again."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = None
+
+    def start(self, num_requests=10**6):
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(self.port), str(num_requests)])
+        for _ in range(100):
+            try:
+                requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1)
+                return
+            except requests.RequestException:
+                time.sleep(0.1)
+        raise AssertionError("the server did not start")
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def served(make_trainer, saved_teacher, server, monkeypatch):
+    """A trainer in server mode, by TRL's own code; the parts of it that need vLLM or CUDA are counted instead."""
+    monkeypatch.setattr(vllm_server, "_SECONDS_BETWEEN_TRIES", 0.1)
+    trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, max_steps=3)
+    client = VLLMClient.__new__(VLLMClient)
+    client.base_url, client.session = f"http://127.0.0.1:{server.port}", requests.Session()
+    calls = SimpleNamespace(init=0, sync=[])
+
+    def generate(prompts, n, **kwargs):
+        client._post(f"{client.base_url}/v1/completions", json={})
+        completions = [[5 + i, 7, 2] for _ in prompts for i in range(n)]
+        return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": [[[-1.0]] * 3 for _ in completions]}
+
+    def init_communicator(device):
+        calls.init += 1
+
+    client.generate, client.init_communicator = generate, init_communicator
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "logprobs": 0}
+    settings |= {"mode": "server", "max_completion_length": 8, "structured_outputs_regex": None}
+    settings |= {"generation_kwargs": {}, "accelerator": trainer.accelerator, "vllm_client": client}
+    vars(generation).update(settings)
+    generation.sync_weights = lambda: calls.sync.append(trainer.state.global_step)
+    trainer.use_vllm, trainer.vllm_mode, trainer.vllm_generation = True, "server", generation
+    trainer.vllm_importance_sampling_correction = False
+    trainer._last_loaded_step = -1
+    report_losses(client)
+    return trainer, calls
+
+
+def test_the_run_waits_for_a_server_that_dies_while_it_generates(served, server, caplog):
+    trainer, calls = served
+    server.start(num_requests=1)  # and dies in the second
+    restart = threading.Timer(3.0, lambda: (server.process.wait(), server.start()))
+    restart.start()
+    trainer.train()
+    restart.join()
+    assert trainer.state.global_step == 3
+    assert "was lost while it generated" in caplog.text and "The run waits" in caplog.text
+    assert "is back after" in caplog.text
+    assert calls.init == 1 and calls.sync == [0, 1, 1, 2]  # the new server gets the student's weights again
+
+
+def test_the_run_ends_when_the_server_stays_away(served):
+    trainer, _ = served
+    trainer.args.vllm_server_timeout = 0.5
+    with pytest.raises(ServerLost, match="did not come back in 0 s.*resume_from_checkpoint"):
+        trainer.train()
+
+
+def test_an_error_of_the_request_is_no_loss_of_the_server(make_trainer, saved_teacher):
+    trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher)
+    client = VLLMClient.__new__(VLLMClient)
+    with ChatServer(lambda request, times: Fault(400, b"too long")) as server:
+        client.base_url, client.session = server.url, requests.Session()
+        client.generate = lambda: client._post(f"{client.base_url}/v1/completions", json={})
+        report_losses(client)
+        with pytest.raises(Exception, match="Request failed: 400, too long"):
+            client.generate()
+        server.reply = lambda request, times: Fault(503)
+        with pytest.raises(ServerLost, match="503"):
+            list(client.generate()["prompt_ids"])
+    client.base_url = "http://127.0.0.1:9"
+    with pytest.raises(ServerLost, match="did not come back"):
+        wait_for_server(client, trainer.accelerator, 0.0)
+
+
+# --- A teacher that waits elsewhere
+
+
+def test_the_teacher_is_on_the_device_only_while_it_scores(make_trainer, saved_teacher, monkeypatch):
+    """On a CPU both places are the same; where the weights are told to go is recorded."""
+    moves = []
+    move = DGRPOTrainer.__init__.__globals__["Teacher"]._move
+    monkeypatch.setattr(
+        "dgrpo_trl.teacher.Teacher._move", lambda self, device: (moves.append(str(device)), move(self, device))
+    )
+    losses = []
+    for offload in (None, "cpu"):
+        trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_offload=offload)
+        trainer.train()
+        losses.append([entry.get("loss") for entry in trainer.state.log_history])
+    assert losses[0] == losses[1]
+    assert moves == ["cpu"] * 5  # away after it was built; there and back in each of two steps
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_stays_where_the_loss_needs_it(make_trainer, make_model, tied):
+    teacher = make_model(seed=1, tie_word_embeddings=tied)
+    trainer = make_trainer(DGRPOTrainer, teacher_model=teacher)
+    stays = {name for name, _ in teacher.named_parameters()} - set(trainer.teacher._movable())
+    assert stays == {"model.embed_tokens.weight" if tied else "lm_head.weight"}
+
+
+def test_what_cannot_be_moved_is_refused(make_trainer, saved_teacher, make_model):
+    teacher = make_model(seed=1)
+    teacher.is_quantized = True
+    with pytest.raises(NotImplementedError, match="the teacher is quantised"):
+        make_trainer(DGRPOTrainer, teacher_model=teacher, teacher_offload="cpu")
+    with pytest.raises(ValueError, match="`teacher_offload` is 'disk'"):
+        make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_offload="disk")
+    with pytest.raises(ValueError, match="`max_nonfinite_steps` must be at least 1"):
+        make_trainer(DGRPOTrainer, teacher_model=saved_teacher, max_nonfinite_steps=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_weights_leave_it(make_trainer, saved_teacher):
+    trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_offload="cpu", use_cpu=False)
+    trainer.train()
+    devices = {name: parameter.device.type for name, parameter in trainer.teacher.model.named_parameters()}
+    assert devices.pop("lm_head.weight") == "cuda" and set(devices.values()) == {"cpu"}
