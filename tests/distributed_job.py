@@ -1,32 +1,88 @@
-"""What `test_distributed.py` launches: dGRPO steps on given rollouts; rank 0 writes the losses and the new weights."""
+"""What `test_distributed.py` launches: dGRPO steps on given rollouts; rank 0 writes the losses and the new weights.
 
+Options are fields of the config, and:
+
+| option | meaning |
+| --- | --- |
+| `lora` | train an adapter |
+| `no_end` | ranks whose completions never end, so that `mask_truncated_completions` leaves nothing of them |
+| `spoil` | generation batches (from 1) in which the last rank's teacher states hold a NaN |
+| `evaluates` | rows to evaluate on after training |
+| `resume` | go on from the newest checkpoint of this folder |
+| `saves` | save the model as a script does |
+| `measures` | write each rank's memory |
+"""
+
+import faulthandler
 import json
 import sys
+import threading
+import time
+import zlib
 
 import torch
 from conftest import build_tokenizer, length_reward
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
+from dgrpo_trl.long_runs import latest_checkpoint
 
 
+TIMEOUT_SECONDS = 240
 TOKENIZER = build_tokenizer()
 
 
-def rollout(prompts, trainer):
-    """Completions that depend on the prompt and its place in the group alone, of unequal lengths."""
-    ids = [TOKENIZER.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
-    first = trainer.accelerator.process_index * len(prompts)
-    completions = []
-    for i, prompt in enumerate(ids):
-        generator = torch.Generator().manual_seed(1000 * len(prompt) + prompt[-8] + first + i)
-        length = int(torch.randint(2, 9, (), generator=generator))
-        completions.append(torch.randint(3, 290, (length,), generator=generator).tolist() + [2])
-    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+def make_rollout(no_end: list[int]):
+    def rollout(prompts, trainer):
+        """Completions that depend on the prompt and its place in the group alone, of unequal lengths."""
+        rank = trainer.accelerator.process_index
+        ids = [TOKENIZER.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
+        first = rank * len(prompts)
+        completions = []
+        for i, prompt in enumerate(ids):
+            generator = torch.Generator().manual_seed(1000 * len(prompt) + prompt[-8] + first + i)
+            length = int(torch.randint(2, 9, (), generator=generator))
+            completion = torch.randint(3, 290, (length,), generator=generator).tolist()
+            # By the place in the batch, so that one process masks the same rows as two
+            share = 2 * (first + i) // (trainer.accelerator.num_processes * len(prompts))
+            completions.append(completion + [5 if share in no_end else 2])
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+    return rollout
+
+
+class Job(DGRPOTrainer):
+    spoilt: tuple[int, ...] = ()
+    num_batches = 0
+
+    def _generate_and_score_completions(self, inputs):
+        rollouts = super()._generate_and_score_completions(inputs)
+        self.num_batches += 1
+        if self.num_batches in self.spoilt and self.accelerator.process_index == self.accelerator.num_processes - 1:
+            rollouts["teacher_hidden_states"][-1, 0, 0] = float("nan")
+        return rollouts
+
+
+def watch_memory() -> dict[str, float]:
+    """Peak of the anonymous memory of this process in MiB, while it runs; files that are mapped do not count."""
+    seen = {"peak": 0.0}
+
+    def watch():
+        while True:
+            with open("/proc/self/status") as status:
+                now = next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+            seen["now"], seen["peak"] = now, max(seen["peak"], now)
+            time.sleep(0.005)
+
+    threading.Thread(target=watch, daemon=True).start()
+    time.sleep(0.2)
+    return seen
 
 
 def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)  # on every rank
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{'The ship. ' * (i % 3)} Number {i}?"}],
@@ -34,6 +90,8 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         }
         for i in range(11, 31)
     ]
+    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures")
+    own = {name: options.pop(name, None) for name in own}
     defaults = {
         "num_generations": 4,
         "max_completion_length": 10,
@@ -50,21 +108,48 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         "disable_tqdm": True,
         "shuffle_dataset": False,
     }
-    trainer = DGRPOTrainer(
+    memory = watch_memory() if own["measures"] else {}
+    before = memory.get("now", 0.0)
+    trainer = Job(
         model_path,
         length_reward,
-        DGRPOConfig(output + "_out", **{**defaults, **options}),
+        DGRPOConfig(own["resume"] or output + "_out", **{**defaults, **options}),
         Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[: own["evaluates"]]) if own["evaluates"] else None,
         processing_class=TOKENIZER,
-        rollout_func=rollout,
+        rollout_func=make_rollout(own["no_end"] or []),
         teacher_model=teacher_path,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if own["lora"] else None,
     )
-    trainer.train()
+    built = dict(memory)
+    trainer.spoilt = tuple(own["spoil"] or ())
+    for name, parameter in trainer.model.named_parameters():
+        if own["lora"] and parameter.requires_grad and parameter.numel() > 0:  # the same on any number of processes
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            scale = 0.0 if "lora_B" in name else 0.2
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    trainer.train(resume_from_checkpoint=latest_checkpoint(own["resume"]) if own["resume"] else None)
+    evaluated = trainer.evaluate() if own["evaluates"] else None
+    if own["saves"]:
+        trainer.save_model()
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    result = {"log": trainer.state.log_history, "evaluated": evaluated}
+    if own["measures"]:
+        teacher = list(trainer.teacher_model.parameters())
+        result |= {
+            "built_mib": built["peak"] - before,
+            "trained_mib": memory["peak"] - before,
+            "held": sum(parameter.data.numel() for parameter in teacher),
+            "sharded": sum(parameter.ds_tensor.numel() for parameter in teacher),
+        }
+        with open(f"{output}.rank{trainer.accelerator.process_index}.json", "w") as file:
+            json.dump(result, file)
     if trainer.accelerator.is_main_process:
-        save_file({name: weight.contiguous().clone() for name, weight in weights.items()}, output + ".safetensors")
+        kept = {name: weight.contiguous().clone() for name, weight in weights.items() if name in trained}
+        save_file(kept, output + ".safetensors")
         with open(output + ".json", "w") as file:
-            json.dump({"log": trainer.state.log_history}, file)
+            json.dump(result, file)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,4 +1,4 @@
-"""Two real processes against one, on the same global batch."""
+"""Two real processes against one, on the same global batch: DDP, FSDP2 and DeepSpeed ZeRO-3, all on the CPU."""
 
 import importlib.util
 import json
@@ -7,12 +7,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import yaml
 from conftest import build_model
+from distributed_job import TIMEOUT_SECONDS
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dgrpo_trl.long_runs import latest_checkpoint
 
 
 ROOT = Path(__file__).parent.parent
@@ -21,20 +28,31 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
-    "PYTHONFAULTHANDLER": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed looks for `ninja` there
+    # What is freed goes back at once, so that the memory of a process is what it holds
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
 }
+
+pytestmark = pytest.mark.distributed
+
+
+def run(tmp_path, name, launcher, teacher="teacher", expected=0, **options):
+    """Runs the job. Where a rank hangs, `faulthandler` in each of them prints its stack, which fails the test."""
+    output = tmp_path / name
+    teacher = teacher if teacher == "base" else str(tmp_path / teacher)
+    command = [
+        *launcher,
+        *(str(ROOT / "tests" / "distributed_job.py"), str(output), str(tmp_path / "student"), teacher),
+        json.dumps(options),
+    ]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS + 60)
+    assert result.returncode == expected, result.stderr[-6000:]
+    return output, result
 
 
 def launch(tmp_path, name, launcher, **options):
-    output = tmp_path / name
-    command = [
-        *launcher,
-        *(str(ROOT / "tests" / "distributed_job.py"), str(output)),
-        *(str(tmp_path / "student"), str(tmp_path / "teacher"), json.dumps(options)),
-    ]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr[-4000:]
+    output, _ = run(tmp_path, name, launcher, **options)
     return json.loads(output.with_suffix(".json").read_text()), load_file(output.with_suffix(".safetensors"))
 
 
@@ -60,7 +78,20 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-@pytest.mark.distributed
+@pytest.fixture
+def models(tmp_path, tokenizer):
+    """A student, and a teacher of another width and depth."""
+    wider = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    for name, model in (("student", build_model()), ("teacher", build_model(seed=1, **wider))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def zero3(**options):
+    return pytest.param("cpu_zero3.yaml", options, marks=needs_deepspeed, id="zero3-" + "-".join(map(str, options)))
+
+
 @pytest.mark.parametrize(
     ("engine", "options"),
     [
@@ -68,26 +99,146 @@ needs_deepspeed = pytest.mark.skipif(
         ("ddp", {"loss_type": "grpo", "shared_prefix": "off"}),
         ("ddp", {"max_tokens_per_micro_batch": 40}),
         ("cpu_fsdp2.yaml", {"max_tokens_per_micro_batch": 40}),
-        pytest.param("cpu_zero3.yaml", {"shared_prefix": "on"}, marks=needs_deepspeed),
-        pytest.param("cpu_zero3.yaml", {"max_tokens_per_micro_batch": 40}, marks=needs_deepspeed),
+        zero3(shared_prefix="on", evaluates=3),
+        zero3(shared_prefix="off"),
+        zero3(max_tokens_per_micro_batch=40, teacher_offload="cpu"),
+        zero3(lora=True),
+        zero3(lora=True, teacher="base"),
+        zero3(no_end=[1], mask_truncated_completions=True, max_tokens_per_micro_batch=40),
+        zero3(no_end=[0, 1], mask_truncated_completions=True),
+        zero3(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0),
     ],
     ids=str,
 )
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, tokenizer, engine, options):
+def test_two_processes_equal_one_on_the_same_global_batch(models, engine, options):
     launcher = DDP if engine == "ddp" else accelerate(engine)
-    for name, seed in (("student", 0), ("teacher", 1)):
-        build_model(seed=seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
     # One process runs every completion with its prompt, in whole micro-batches: the reference
-    reference = {**options, "shared_prefix": "off", "max_tokens_per_micro_batch": None}
+    reference = {**options, "shared_prefix": "off", "max_tokens_per_micro_batch": None, "teacher_offload": None}
     common = {"gradient_accumulation_steps": 2}
-    one, one_weights = launch(tmp_path, "one", ONE_PROCESS, per_device_train_batch_size=4, **common, **reference)
-    two, two_weights = launch(tmp_path, "two", launcher, per_device_train_batch_size=2, **common, **options)
-    for a, b in zip(one["log"][:-1], two["log"][:-1], strict=True):
+    one, one_weights = launch(models, "one", ONE_PROCESS, per_device_train_batch_size=4, **common, **reference)
+    two, two_weights = launch(models, "two", launcher, per_device_train_batch_size=2, **common, **options)
+    steps = [[entry for entry in log if "loss" in entry] for log in (one["log"], two["log"])]
+    assert len(steps[0]) == 3
+    for a, b in zip(*steps, strict=True):
         for metric in ("loss", "reward", "distill/loss", "distill/grpo_loss", "distill/divergence"):
-            assert a[metric] == pytest.approx(b[metric], rel=1e-4, abs=1e-5), metric
-    assert one["log"][-2]["num_tokens"] == two["log"][-2]["num_tokens"]
+            assert (metric in a) == (metric in b), metric
+            if metric in a:
+                assert a[metric] == pytest.approx(b[metric], rel=1e-4, abs=1e-5), metric
+    assert steps[0][-1]["num_tokens"] == steps[1][-1]["num_tokens"]
+    if options.get("evaluates"):
+        for metric in ("eval_loss", "eval_distill/divergence", "eval_reward"):
+            assert two["evaluated"][metric] is not None
     start = build_model().state_dict()
-    moved = torch.cat([(one_weights[name] - start[name]).flatten() for name in start]).norm()
-    apart = torch.cat([(one_weights[name] - two_weights[name]).flatten() for name in start]).norm()
-    assert moved > 1e-3 and apart < 1e-4 * moved
+    start |= {name: torch.zeros_like(weight) for name, weight in one_weights.items() if "lora_B" in name}
+    names = [name for name in one_weights if name in start]
+    moved = torch.cat([(one_weights[name] - start[name]).flatten() for name in names]).norm()
+    apart = torch.cat([(one_weights[name] - two_weights[name]).flatten() for name in one_weights]).norm()
+    if options.get("no_end") == [0, 1]:  # nothing to learn from, on any rank
+        assert moved == 0 and apart == 0
+    else:
+        assert moved > 1e-3 and apart < 1e-4 * moved
+
+
+@needs_deepspeed
+def test_zero3_skips_a_step_that_is_not_finite_on_one_rank(models):
+    common = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    first, after_one = launch(models, "first", accelerate("cpu_zero3.yaml"), max_steps=1, **common)
+    spoilt, after_two = launch(models, "spoilt", accelerate("cpu_zero3.yaml"), max_steps=2, spoil=[2], **common)
+    for name in after_one:
+        torch.testing.assert_close(after_one[name], after_two[name], rtol=0, atol=0)
+    _, result = run(
+        models, "stops", accelerate("cpu_zero3.yaml"), spoil=[1, 2], max_nonfinite_steps=2, expected=1, **common
+    )
+    assert "2 optimiser steps in a row were not finite; the last: the teacher term" in result.stderr
+
+
+@needs_deepspeed
+def test_zero3_resumes_in_the_middle_of_an_epoch_and_saves_what_transformers_loads(models):
+    options = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "shuffle_dataset": True,
+    }
+    launcher = accelerate("cpu_zero3.yaml")
+    straight, expected = launch(models, "straight", launcher, saves=True, **options)
+    run(models, "stopped", launcher, save_strategy="steps", save_steps=2, **{**options, "max_steps": 2})
+    folder = models / "stopped_out"
+    assert latest_checkpoint(folder) == str(folder / "checkpoint-2")
+    resumed, weights = launch(models, "resumed", launcher, resume=str(folder), **options)
+    steps = [[entry for entry in log["log"] if "loss" in entry] for log in (straight, resumed)]
+    for a, b in zip(*steps, strict=True):
+        assert a["num_tokens"] == b["num_tokens"] or a["step"] > 2  # TRL counts tokens from the resumption on
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6)
+    for name in expected:
+        torch.testing.assert_close(expected[name], weights[name], rtol=1e-6, atol=1e-7)
+    saved = AutoModelForCausalLM.from_pretrained(models / "straight_out")
+    model = build_model()
+    model.load_state_dict(expected)
+    ids = torch.arange(3, 23).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
+
+
+@needs_deepspeed
+def test_no_rank_ever_holds_the_teacher_whole(models, tokenizer):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+    large = build_model(seed=1, num_key_value_heads=4, **{**sizes, "head_dim": 128})
+    num_parameters = sum(parameter.numel() for parameter in large.parameters())
+    large.save_pretrained(models / "large", max_shard_size="60MB")
+    tokenizer.save_pretrained(models / "large")
+    del large
+    deepspeed = {
+        "zero_optimization": {
+            "stage": 3,
+            # DeepSpeed's defaults are for large models: whole beside its shard is what is smaller than these
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 2e7,
+            "stage3_prefetch_bucket_size": 1e6,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+    }
+    (models / "deepspeed.json").write_text(json.dumps(deepspeed))
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate_configs" / "cpu_zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(models / "deepspeed.json"), "zero3_init_flag": True}
+    del config["mixed_precision"]  # DeepSpeed's own file says it
+    (models / "zero3.yaml").write_text(yaml.safe_dump(config))
+    options = {"teacher": "large", "measures": True, "max_steps": 2}
+    output, _ = run(models, "job", accelerate(models / "zero3.yaml"), per_device_train_batch_size=4, **options)
+    whole_mib = 4 * num_parameters / 2**20
+    for rank in range(2):
+        seen = json.loads(Path(f"{output}.rank{rank}.json").read_text())
+        assert seen["held"] == 0 and seen["sharded"] == pytest.approx(num_parameters / 2, rel=0.01)
+        assert seen["built_mib"] < 0.75 * whole_mib, seen
+        assert seen["trained_mib"] < whole_mib, seen  # its shard, the layers in use, the student and all else
+
+
+@needs_deepspeed
+def test_a_checkpoint_that_was_cut_off_by_a_kill_is_not_resumed_from(models):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "max_steps": 200}
+    output = models / "killed"
+    command = [
+        *accelerate("cpu_zero3.yaml"),
+        *(str(ROOT / "tests" / "distributed_job.py"), str(output), str(models / "student"), str(models / "teacher")),
+        json.dumps(options),
+    ]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = models / "killed_out"
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (folder / "checkpoint-3").exists():  # its writing has begun
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    job = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in job:
+        one.kill()
+    psutil.wait_procs(job)
+    newest = latest_checkpoint(folder)
+    assert newest == str(folder / "checkpoint-2")
+    log, _ = launch(models, "again", accelerate("cpu_zero3.yaml"), resume=str(folder), **{**options, "max_steps": 4})
+    assert [entry["step"] for entry in log["log"] if "loss" in entry] == [1, 2, 3, 4]

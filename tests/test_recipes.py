@@ -1,6 +1,8 @@
 """Every YAML is parsed by the parser that will read it, and every file that a command of the README names exists."""
 
 import importlib.util
+import itertools
+import math
 import re
 from pathlib import Path
 
@@ -35,7 +37,15 @@ def parser_of(method):
 
 
 def parse(path, *flags):
-    return parser_of(path.parent.name).parse_args_and_config(["--config", str(path), *flags])
+    """Without a GPU, transformers refuses `bf16` unless told that the CPU is meant."""
+    return parser_of(path.parent.name).parse_args_and_config(["--config", str(path), "--use_cpu", "true", *flags])
+
+
+def header(path):
+    """The comment at the top, unwrapped, as `name: text`."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = re.sub(r"\\?\n#\s{3,}", " ", "\n".join(lines))
+    return dict(re.findall(r"^# (\w+):\s+(.*)$", text, re.M))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -45,6 +55,81 @@ def test_a_recipe_is_parsed_by_its_own_parser(path):
     text = path.read_text()
     assert not re.search(r"^push_to_hub: true", text, re.MULTILINE)
     assert all(not str(value).startswith("/") for value in yaml.safe_load(text).values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_batch_of_a_recipe_is_what_its_header_says(path):
+    _, args, _ = parse(path)
+    notes = header(path)
+    assert str(path.relative_to(ROOT)) in notes["Launch"]
+    named = re.search(r"accelerate_configs/\S+", notes["Launch"])
+    config = load_config_from_file(str(ROOT / "recipes" / named[0])) if named else None
+    numbers = [int(n) for n in re.findall(r"\d+", notes["Batch"].replace(",", ""))]
+    factors = [
+        config.num_processes if config else 1,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+    ]
+    assert numbers[:4] == [*factors, math.prod(factors)]
+    if isinstance(args, DGRPOConfig):
+        assert numbers[4:6] == [math.prod(factors) // args.num_generations, args.num_generations]
+        assert args.per_device_train_batch_size % args.num_generations == 0  # a group shares its prompt on one device
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prompts_completions_and_positions_fit_each_other(path):
+    script_args, args, model_args = parse(path)
+    if script_args.max_prompt_tokens is None:
+        return
+    positions = (args.model_init_kwargs or {}).get("max_position_embeddings", 32768)
+    if isinstance(args, DGRPOConfig):
+        assert script_args.max_prompt_tokens + args.max_completion_length == positions == args.vllm_max_model_length
+        teacher = args.teacher_model_init_kwargs or {}
+        if args.distill_coef > 0 and positions > 32768:
+            for key in ("rope_parameters", "max_position_embeddings"):
+                assert teacher[key] == args.model_init_kwargs[key]
+    else:
+        assert args.max_length == positions
+    if positions > 32768:
+        rope = args.model_init_kwargs["rope_parameters"]
+        assert rope["factor"] * rope["original_max_position_embeddings"] == positions and rope["rope_theta"] == 1000000
+
+
+def test_the_baselines_are_what_they_are_called():
+    for path in CONFIGS:
+        script_args, args, model_args = parse(path)
+        if path.parent.name == "grpo":
+            assert args.distill_coef == 0 and args.teacher_model_name_or_path is None and script_args.reward_funcs
+        elif path.parent.name == "opd":
+            assert args.distill_coef > 0 and args.teacher_model_name_or_path and not script_args.reward_funcs
+        elif path.parent.name == "dgrpo":
+            assert args.distill_coef > 0 and args.teacher_model_name_or_path and script_args.reward_funcs
+        assert model_args.use_peft == ("lora" in path.name or "base_teacher" in path.name)
+
+
+def test_an_ablation_differs_from_the_method_in_what_it_is_named_after_alone():
+    folder = ROOT / "recipes" / "qwen3-1.7b" / "dgrpo"
+    method = yaml.safe_load((folder / "32k.yaml").read_text())
+    for name, keys in {
+        "rl_zero_32k": {"model_name_or_path"},
+        "self_teacher_32k": {"teacher_model_name_or_path"},
+        "coef_0.1_32k": {"distill_coef"},
+        "coef_1.0_32k": {"distill_coef"},
+        "long_only_32k": {"short_dataset_name", "short_dataset_split", "short_share"},
+        "evidence_teacher_32k": {
+            *("short_dataset_name", "short_dataset_split", "short_share", "dataset_name", "teacher_prompt_column"),
+        },
+        "lora_32k": {"use_peft", "lora_r", "lora_alpha", "lora_target_modules", "learning_rate"},
+    }.items():
+        values = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        assert {k for k in {*values, *method} if values.get(k) != method.get(k)} == {*keys, "output_dir"}, name
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent.parent for path in CONFIGS}), ids=lambda folder: folder.name)
+def test_the_readme_of_a_model_names_all_its_recipes(folder):
+    text = (folder / "README.md").read_text()
+    for path in folder.rglob("*.yaml"):
+        assert str(path.relative_to(folder)) in text, path
 
 
 @pytest.mark.parametrize("path", BUILDS, ids=lambda path: path.name)

@@ -1,14 +1,16 @@
 """The command lines, run end to end on a tiny model: what they read, what they write, and that they resume."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from conftest import build_model
 from datasets import Dataset
-from test_recipes import ROOT, parse, script
+from test_recipes import CONFIGS, ROOT, parse, script
 from transformers import AutoModelForCausalLM
 
 
@@ -82,6 +84,42 @@ def test_train_sft_learns_the_answers(student, rows, tmp_path):
 def test_train_sft_names_a_missing_column(student, rows, tmp_path):
     with pytest.raises(ValueError, match="no column 'response'"):
         run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
+
+
+CPU_RECIPES = [path for path in CONFIGS if "use_cpu: true" in path.read_text()]
+
+
+def run_recipe(path, *flags):
+    module = script("train_sft" if path.parent.name == "sft" else "train_dgrpo")
+    module.main(*parse(path, *FLAGS, *flags))
+
+
+@pytest.mark.parametrize("path", CPU_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_for_the_cpu_runs(path, student, saved_teacher, rows, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output)]
+    if yaml.safe_load(path.read_text()).get("teacher_model_name_or_path", "base") != "base":
+        flags += ["--teacher_model_name_or_path", saved_teacher]
+    run_recipe(path, *flags)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    logged = {name for entry in state["log_history"] for name in entry}
+    assert ("distill/divergence" in logged) == (path.parent.name in ("dgrpo", "opd"))
+    assert ("reward" in logged) == (path.parent.name in ("dgrpo", "grpo"))
+    assert (output / ("adapter_model.safetensors" if "lora" in path.read_text() else "model.safetensors")).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CPU_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_for_the_cpu_runs_on_its_own_model(path, rows, tmp_path):
+    """DGRPO_DEMO_MODEL names the folder of the model that `scripts/prepare_demo.py` makes."""
+    if (model := os.environ.get("DGRPO_DEMO_MODEL")) is None:
+        pytest.skip("DGRPO_DEMO_MODEL is not set")
+    flags = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", str(tmp_path / "out")]
+    if yaml.safe_load(path.read_text()).get("teacher_model_name_or_path", "base") != "base":
+        flags += ["--teacher_model_name_or_path", model]
+    run_recipe(path, *flags)
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
 
 
 @pytest.mark.slow
