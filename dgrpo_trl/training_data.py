@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from .data import escape_messages, load_rows, prompt_token_counter
@@ -53,6 +53,23 @@ class LongBlocksArguments(ScriptArguments):
     books_cache: str | None = field(
         default=None, metadata={"help": "File that keeps the books found, so that the collection is read once."}
     )
+
+
+def load_student_tokenizer(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The student's tokenizer.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The student {name_or_path!r} cannot be read: {error} Check `model_name_or_path`; where it is the output "
+            "of an earlier stage, run that first, or name the model that it starts from for a dry run."
+        ) from error
 
 
 def load_training_data(

@@ -14,17 +14,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, rewards
 from dgrpo_trl.long_runs import keep_run_id, train_to_the_end
-from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
+from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
+from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
 
 
 @dataclass
-class DGRPOScriptArguments(LongBlocksArguments):
-    """The data, and the rewards."""
+class DGRPOScriptArguments(LongBlocksArguments, PreflightArguments):
+    """The data, and the rewards, and the dry run."""
 
     reward_funcs: list[str] | None = field(
         default=None,
@@ -81,10 +81,8 @@ def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_ar
         **(training_args.model_init_kwargs or {}),
     }
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
+    tokenizer = load_student_tokenizer(
+        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
     with training_args.main_process_first(desc="reading the data"):
         train_dataset, eval_dataset = load_training_data(
@@ -94,6 +92,19 @@ def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_ar
             seed=training_args.data_seed or training_args.seed,
             with_test=training_args.eval_strategy != "no",
         )
+    if script_args.dry_run:
+        report = preflight(
+            training_args,
+            model_args.model_name_or_path,
+            train_dataset,
+            tokenizer,
+            read_engine(script_args.accelerate_config),
+            GPUS[script_args.gpu],
+            script_args.mfu,
+            get_peft_config(model_args),
+        )
+        print(report)
+        return report.raise_for_problems()
     keep_run_id(training_args)
     trainer = DGRPOTrainer(
         model=model_args.model_name_or_path,
@@ -111,4 +122,5 @@ def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_ar
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DGRPOScriptArguments, DGRPOConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((DGRPOScriptArguments, DGRPOConfig, ModelConfig))
+    main(*parser.parse_args_and_config(without_gpu(sys.argv[1:])))

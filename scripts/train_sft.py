@@ -7,18 +7,19 @@ distillation. Every field of TRL's `SFTConfig` and `ModelConfig` is a key of the
 a key that no argument matches is an error.
 """
 
+import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl.long_runs import CompleteCheckpoints, keep_run_id, train_to_the_end
-from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
+from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
+from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
 
 
 @dataclass
-class SFTScriptArguments(LongBlocksArguments):
-    """The data, and which column to learn."""
+class SFTScriptArguments(LongBlocksArguments, PreflightArguments):
+    """The data, and which column to learn, and the dry run."""
 
     completion_column: str = field(
         default="answer",
@@ -39,10 +40,8 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
+    tokenizer = load_student_tokenizer(
+        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
     with training_args.main_process_first(desc="reading the data"):
         train_dataset, eval_dataset = load_training_data(
@@ -53,6 +52,19 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
             seed=training_args.data_seed or training_args.seed,
             with_test=training_args.eval_strategy != "no",
         )
+    if script_args.dry_run:
+        report = preflight(
+            training_args,
+            model_args.model_name_or_path,
+            train_dataset,
+            tokenizer,
+            read_engine(script_args.accelerate_config),
+            GPUS[script_args.gpu],
+            script_args.mfu,
+            get_peft_config(model_args),
+        )
+        print(report)
+        return report.raise_for_problems()
     keep_run_id(training_args)
     trainer = ResumableSFTTrainer(
         model=model_args.model_name_or_path,
@@ -69,4 +81,5 @@ def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: 
 
 
 if __name__ == "__main__":
-    main(*TrlParser((SFTScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((SFTScriptArguments, SFTConfig, ModelConfig))
+    main(*parser.parse_args_and_config(without_gpu(sys.argv[1:])))
