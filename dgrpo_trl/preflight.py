@@ -353,7 +353,8 @@ class _Look:
         )
         add(
             "a generation batch",
-            f"{engine.num_processes * rows * args.steps_per_generation} completions, {args.steps_per_generation} micro-batches",
+            f"{engine.num_processes * rows * args.steps_per_generation} completions in {args.steps_per_generation} "
+            "micro-batches",
         )
         add("steps", f"{steps:,}, {steps / steps_an_epoch:.2f} epochs of {len(self.dataset):,} prompts")
         if completions % group:

@@ -38,7 +38,9 @@ class LongBlocksArguments(ScriptArguments):
         metadata={"help": "Short conversations to mix in: file, folder or Hub id, with a column `messages`."},
     )
     short_dataset_split: str = field(default="train", metadata={"help": "Split of the short conversations."})
-    short_share: float = field(default=0.1, metadata={"help": "Share of short rows, in (0, 1); the paper's is 0.1."})
+    short_share: float = field(
+        default=0.1, metadata={"help": "Share of short rows, below 1; the paper's is 0.1. 0 mixes none in."}
+    )
     test_share: float = field(
         default=0.0,
         metadata={
@@ -136,7 +138,7 @@ def load_training_data(
             f"No row of {args.dataset_name!r} is left to train on. The log says why they were left out. Raise "
             "`max_prompt_tokens`, or give `books` where rows have no document."
         )
-    if args.short_dataset_name is not None:
+    if args.short_dataset_name is not None and args.short_share != 0:
         short = reader.short_rows()
         if completion_column is not None:
             short = reader.for_sft(short, max_length)
