@@ -211,20 +211,23 @@ class Shape:
         per_layer = self.hidden * (2 * self.query + 2 * self.key) + 3 * self.hidden * self.mlp
         return self.num_layers * per_layer
 
-    def kept_by_layer(self, width: int, is_trained: bool = True) -> int:
+    def kept_by_layer(self, width: int) -> int:
         """Bytes a token that one layer keeps for its backward pass, with values of `width` bytes.
 
-        Its input and that of the second norm, both norms' outputs and their inputs in float32, the projections and
-        the output of attention, and the four products of a gated MLP. A frozen linear layer (LoRA) keeps its input
-        all the same, for the adapter's gradient.
+        Each of its two norms keeps input and normalised input in float32, and its output. Attention keeps queries and
+        keys before and after their norm and their rotation, values and its output; the MLP its four products. A frozen
+        layer keeps its input too, for the adapter's gradient.
         """
-        attention = 2 * self.query + 2 * self.key
-        values = 4 * self.hidden + attention + 4 * self.mlp
-        return width * values + 2 * 4 * self.hidden
+        norms = 2 * self.hidden * (4 + 4 + width)
+        attention = width * (4 * self.query + 4 * self.key)
+        return norms + attention + width * 4 * self.mlp
 
     def transient(self, width: int) -> int:
-        """Bytes a token of the gradients that are alive at the widest place of a layer's backward pass."""
-        return width * (2 * self.mlp + self.hidden)
+        """Bytes a token of what is alive beside that at the widest place of a layer's backward pass.
+
+        Gradients of the four products of the MLP, of its input and output, and of attention's input and output.
+        """
+        return width * (4 * self.mlp + 2 * self.hidden + 2 * self.query)
 
     def forward_flops(self, segments: list[tuple[int, int]]) -> float:
         """Operations of one forward without the LM head.
@@ -476,22 +479,14 @@ class _Look:
             "optimizer": optimizer / engine.shards("optimizer"),
         }
 
-    def _activations(self, shape: Shape, tokens: int) -> float:
-        """Bytes of the activations of a micro-batch of so many tokens."""
-        args = self.args
-        width = 2 if args.bf16 or args.fp16 else 4
-        layer, transient = shape.kept_by_layer(width), shape.transient(width)
-        if not args.gradient_checkpointing:
-            return tokens * (shape.num_layers * layer + transient)
-        # Inputs of the layers: in the dtype of the weights where autocast leaves the residual stream alone
+    def _micro_batch(self, teacher: Shape | None, tokens: int, scored: int) -> float:
+        """Bytes of a micro-batch: `tokens` run, `scored` of them through the LM head."""
+        width = 2 if self.args.bf16 or self.args.fp16 else 4
+        # Autocast leaves the residual stream in the dtype of the weights
         stream = width if self.engine.is_deepspeed else 4
-        return tokens * (shape.num_layers * stream * shape.hidden + layer + transient)
-
-    def _head(self, shape: Shape, teacher: Shape | None, scored: int) -> float:
-        """Bytes of tiles of logits and of the hidden states that they are made of, with their gradients."""
-        tile = min(scored, self.tile_tokens)
-        tiles = 4 * tile * shape.vocab * (4 if teacher else 3)
-        return tiles + 4 * scored * shape.hidden * 2
+        return micro_batch_bytes(
+            self.shape, teacher, tokens, scored, width, stream, self.args.gradient_checkpointing, self.tile_tokens
+        )
 
     def _rollout_memory(self, prompt: int, completion: int, shares: bool, teacher: Shape | None, teacher_prompt: int):
         args, engine, shape = self.args, self.engine, self.shape
@@ -523,8 +518,7 @@ class _Look:
         phases = {
             "the student trains": {
                 **base,
-                "activations": self._activations(shape, tokens),
-                "LM head": self._head(shape, teacher, rows * completion),
+                "activations": self._micro_batch(teacher, tokens, rows * completion),
                 "teacher's states": states,
                 "gathered layers": gathered["student"],
             },
@@ -549,9 +543,9 @@ class _Look:
         self._report_memory(phases)
         if shares:
             without = _tokens(prompt, completion, rows, group, False, args.max_tokens_per_micro_batch)
-            plain = self._activations(shape, without) / GIB
+            plain, shared = (self._micro_batch(teacher, n, rows * completion) / GIB for n in (without, tokens))
             self._adder("Memory of a GPU in GiB, at the longest prompt")(
-                "activations without sharing", f"{plain:.1f} instead of {self._activations(shape, tokens) / GIB:.1f}"
+                "activations without sharing", f"{plain:.1f} instead of {shared:.1f}"
             )
 
     def _report_memory(self, phases: dict[str, dict[str, float]]) -> None:
@@ -670,8 +664,7 @@ class _Look:
         gathered = width * min(10**9, shape.num_parameters) if engine.kind == "zero3" else 0
         items = {
             **self._state(shape),
-            "activations": self._activations(shape, tokens),
-            "LM head": self._head(shape, None, tokens),
+            "activations": self._micro_batch(None, tokens, tokens),
             "gathered layers": gathered,
         }
         self._report_memory({"it trains": items})
@@ -699,6 +692,40 @@ class _Look:
 
     def _adder(self, section: str) -> Callable[[str, str], None]:
         return lambda name, value: self.report.add(section, name, value)
+
+
+def micro_batch_bytes(
+    shape: Shape,
+    teacher: Shape | None,
+    tokens: int,
+    scored: int,
+    width: int,
+    stream: int,
+    checkpoints: bool,
+    tile_tokens: int,
+) -> float:
+    """What loss and backward of a micro-batch add to models and gradients, in bytes.
+
+    Args:
+        shape ([`Shape`]), teacher ([`Shape`], *optional*):
+            Student and teacher.
+        tokens (`int`):
+            Tokens that run through the layers.
+        scored (`int`):
+            Of these, those that go through the LM head.
+        width (`int`), stream (`int`):
+            Bytes of a value in the layers, and between them.
+        checkpoints (`bool`):
+            Whether only the inputs of the layers are kept, and one layer at a time is computed again.
+        tile_tokens (`int`):
+            Tokens that the LM head takes at a time.
+    """
+    layer = shape.kept_by_layer(width)
+    kept = stream * shape.num_layers * shape.hidden + layer if checkpoints else shape.num_layers * layer
+    # Logits of student and teacher, their softmax and the gradient, in float32; the states they are made of
+    num_tiles = 4 if teacher else 3
+    head = 4 * min(scored, tile_tokens) * shape.vocab * num_tiles + 2 * 4 * scored * shape.hidden
+    return tokens * (kept + shape.transient(width)) + head
 
 
 def _rope_scaling(config: PreTrainedConfig) -> dict | None:
