@@ -68,6 +68,13 @@ class DGRPOConfig(GRPOConfig):
             memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and
             without sharing the padding too.
 
+        > Parameters that control what is logged
+
+        log_heatmaps (`bool`, *optional*, defaults to `False`):
+            Write one completion at each logging step to `output_dir/heatmaps`, as a page that shows at which tokens
+            the teacher disagreed: that of the largest mean divergence on the main process. Sent to wandb too, where
+            that is reported to.
+
         > Parameters that control what happens when something fails
 
         max_nonfinite_steps (`int`, *optional*, defaults to `3`):
@@ -146,6 +153,15 @@ class DGRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control what is logged
+    log_heatmaps: bool = field(
+        default=False,
+        metadata={
+            "help": "Write a heat map of one completion at each logging step to `output_dir/heatmaps`: at which "
+            "tokens the teacher disagreed."
+        },
+    )
+
     # Parameters that control what happens when something fails
     max_nonfinite_steps: int = field(
         default=3,
@@ -189,4 +205,9 @@ class DGRPOConfig(GRPOConfig):
         if self.teacher_offload not in (None, "cpu"):
             raise ValueError(
                 f"`teacher_offload` is {self.teacher_offload!r}, which is not known. Set it to 'cpu', or leave it out."
+            )
+        if self.log_heatmaps and self.distill_coef == 0:
+            raise ValueError(
+                "`log_heatmaps` is set, but `distill_coef` is 0, so there is no teacher to disagree. Set "
+                "`log_heatmaps: false`, or give a teacher."
             )

@@ -225,9 +225,10 @@ class Shape:
     def transient(self, width: int) -> int:
         """Bytes a token of what is alive beside that at the widest place of a layer's backward pass.
 
-        Gradients of the four products of the MLP, of its input and output, and of attention's input and output.
+        Two gradients of the width of the MLP (what they are made of goes as they come), those of its input and output,
+        and one of attention's output.
         """
-        return width * (4 * self.mlp + 2 * self.hidden + 2 * self.query)
+        return width * (2 * self.mlp + 2 * self.hidden + self.query)
 
     def forward_flops(self, segments: list[tuple[int, int]]) -> float:
         """Operations of one forward without the LM head.

@@ -5,12 +5,14 @@ import itertools
 import math
 import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +25,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 from .config import DGRPOConfig
 from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
 from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
+from .inspection import Inspector, render_heatmap, tail, write_heatmap
 from .long_runs import CompleteCheckpoints
 from .losses import Distillation, aggregate
 from .nonfinite import NonFiniteGuard
@@ -188,6 +191,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         self._scored = None  # CompletionOutput of the micro-batch whose loss is being computed
         self._teacher_states = None  # its teacher hidden states
         self._has_new_rollouts = False
+        self._inspector = Inspector(
+            self._distills and args.log_completions, args.log_heatmaps and self.accelerator.is_main_process
+        )
         self._guard = NonFiniteGuard(self, args.max_nonfinite_steps)
         self.add_callback(self._guard)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -377,10 +383,15 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.log_completions and any("answer" in row for row in inputs):
+            self._log_completion_extra("answer", [row.get("answer") for row in inputs])
         rollouts = super()._generate_and_score_completions(inputs)
         self._has_new_rollouts = self.model.training
         if not self._distills:
             return rollouts
+        num_rows = len(rollouts["completion_ids"])
+        self._inspector.begin(num_rows)
+        rollouts["row_index"] = torch.arange(num_rows, device=rollouts["completion_ids"].device)
         if "pixel_values" in rollouts:
             raise NotImplementedError("The teacher does not score images yet. Use a text-only data set.")
         is_training = self.model.training
@@ -534,6 +545,8 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             accumulation_steps,
         )
         self._guard.look(inputs, {"GRPO": grpo_loss, "teacher": distill_loss}, scored)
+        if is_training:
+            self._inspector.look(inputs, scored, mask)
         self._log_distillation(scored, mask, grpo_loss, distill_loss)
         return grpo_loss + distill_loss
 
@@ -582,7 +595,26 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name in [name for name in metrics if name.startswith("reward") or name == "frac_reward_zero_std"]:
                 del metrics[name]
+        if self.log_completions:
+            self._logs["prompt"] = deque(map(tail, self._logs["prompt"]), self._logs["prompt"].maxlen)
+            if self._inspector.keeps_rows:
+                divergences = gather_object(self._inspector.divergences)
+                self._logs["extra"]["divergence"] = deque(divergences, self._logs["prompt"].maxlen)
         super().log(logs, start_time)
+        if self._inspector.trace is not None:
+            self._write_heatmap(self._inspector.trace)
+            self._inspector.trace = None
+
+    def _write_heatmap(self, trace) -> None:
+        """On the main process."""
+        step = self.state.global_step
+        page = render_heatmap(trace, self._tokenizer, f"Step {step}: where the teacher disagreed")
+        write_heatmap(Path(self.args.output_dir) / "heatmaps", step, page)
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"heatmap": wandb.Html(page, inject=False)})
 
 
 def _concatenate(outputs: list[CompletionOutput], num_rows: list[int]) -> CompletionOutput:

@@ -135,9 +135,9 @@ def test_activations_by_hand():
     assert layer == 2 * 8 * 10 + 2 * (4 * 8 + 4 * 4) + 2 * 4 * 16
     head = 4 * 3 * 100 * 4 + 2 * 4 * 5 * 8
     plain = micro_batch_bytes(SHAPE, SHAPE, 10, 5, 2, 4, False, tile_tokens=3)
-    assert plain == 10 * (2 * layer + 2 * (4 * 16 + 2 * 8 + 2 * 8)) + head
+    assert plain == 10 * (2 * layer + 2 * (2 * 16 + 2 * 8 + 8)) + head
     checkpointed = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, tile_tokens=100)
-    assert checkpointed == 10 * (4 * 2 * 8 + layer + 2 * (4 * 16 + 2 * 8 + 2 * 8)) + 4 * 5 * 100 * 3 + 2 * 4 * 5 * 8
+    assert checkpointed == 10 * (4 * 2 * 8 + layer + 2 * (2 * 16 + 2 * 8 + 8)) + 4 * 5 * 100 * 3 + 2 * 4 * 5 * 8
 
 
 GIB = 2**30

@@ -1,0 +1,207 @@
+"""What people look at while a run goes on: the tail of long prompts, and which tokens the teacher disagreed with."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+TAIL_CHARS = 300
+_ELLIPSIS = "[...] "
+# A character takes at most so many tokens of a byte-level vocabulary
+_MAX_TOKENS_OF_A_CHARACTER = 8
+# The scale of colours ends here, in nats, unless a completion goes beyond
+_FULL_COLOUR_NATS = 2.0
+_MAX_OPACITY = 0.75  # more would make the text hard to read
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       background: Canvas; color: CanvasText; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
+dd { margin: 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace;
+      border: 1px solid GrayText; padding: .8rem; }
+.legend { display: inline-block; width: 12rem; height: .9rem; vertical-align: middle; border: 1px solid GrayText;
+          background: linear-gradient(to right, rgba(214, 39, 40, 0), rgba(214, 39, 40, MAX)); }
+""".replace("MAX", str(_MAX_OPACITY))
+
+
+def tail(prompt: str | list[dict]) -> str | list[dict]:
+    """The end of a prompt, where the question stands: of a text, or of each message's text."""
+    if isinstance(prompt, str):
+        if len(prompt) <= TAIL_CHARS or prompt.startswith(_ELLIPSIS):
+            return prompt
+        return _ELLIPSIS + prompt[-TAIL_CHARS:]
+    return [
+        {**message, "content": tail(message["content"])} if isinstance(message.get("content"), str) else message
+        for message in prompt
+    ]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A completion, token by token.
+
+    Args:
+        prompt_ids (`list[int]`), completion_ids (`list[int]`):
+            T completion tokens, after those of the prompt.
+        divergences (`list[float]`), logps (`list[float]`), teacher_entropies (`list[float]`):
+            Of each of the T tokens, in nats: the divergence to the teacher, the student's log-probability, and the
+            entropy of the teacher's distribution.
+        advantage (`float`):
+            Of the completion.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    divergences: list[float]
+    logps: list[float]
+    teacher_entropies: list[float]
+    advantage: float
+
+    @property
+    def mean_divergence(self) -> float:
+        return sum(self.divergences) / max(1, len(self.divergences))
+
+
+def decode_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[tuple[str, int]]:
+    """Text in pieces, and how many tokens each stands for: more than one where these are one character together."""
+    pieces, start = [], 0
+    while start < len(ids):
+        for end in range(start + 1, min(len(ids), start + _MAX_TOKENS_OF_A_CHARACTER) + 1):
+            text = decode(list(ids[start:end]))
+            if "\ufffd" not in text:
+                break
+        else:  # no character: the bytes stand alone
+            end = start + 1
+            text = decode([ids[start]])
+        pieces.append((text, end - start))
+        start = end
+    return pieces
+
+
+def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str) -> str:
+    """An HTML page that shows a completion with each token coloured by the divergence to the teacher.
+
+    It needs no network, and shows a token's numbers where the pointer rests on it.
+
+    Args:
+        trace ([`Trace`]):
+            The completion.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes it.
+        title (`str`):
+            Title of the page.
+
+    Returns:
+        `str`
+    """
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    scale = max([_FULL_COLOUR_NATS, *trace.divergences])
+    spans, start = [], 0
+    for text, count in decode_pieces(trace.completion_ids, decode):
+        places = range(start, start + count)
+        worst = max(trace.divergences[i] for i in places)
+        notes = "; ".join(
+            f"token {i + 1}: divergence {trace.divergences[i]:.3f} nats, student's log-probability "
+            f"{trace.logps[i]:.3f}, teacher's entropy {trace.teacher_entropies[i]:.3f}"
+            for i in places
+        )
+        opacity = _MAX_OPACITY * max(0.0, worst) / scale
+        shown = html.escape(text).replace("\n", "&#8629;\n")
+        spans.append(
+            f'<span style="background: rgba(214, 39, 40, {opacity:.3f})" title="{html.escape(notes)}">{shown}</span>'
+        )
+        start += count
+    facts = {
+        "mean divergence": f"{trace.mean_divergence:.3f} nats a token",
+        "tokens": str(len(trace.completion_ids)),
+        "advantage": f"{trace.advantage:.3f}",
+        "colours": f'0 <span class="legend"></span> {scale:.1f} nats',
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
+    prompt = html.escape(str(tail(decode(trace.prompt_ids))))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><dl>{rows}</dl>"
+        f"<h2>End of the prompt</h2><pre>{prompt}</pre>"
+        f"<h2>Completion</h2><pre>{''.join(spans)}</pre></html>"
+    )
+
+
+def write_heatmap(folder: Path, step: int, page: str) -> Path:
+    """Writes the page of a step, and an index of all steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:06d}.html"
+    path.write_text(page, encoding="utf-8")
+    links = "".join(
+        f'<li><a href="{file.name}">step {int(file.stem.removeprefix("step_"))}</a></li>'
+        for file in sorted(folder.glob("step_*.html"))
+    )
+    index = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Heat maps</title>'
+        f"<style>{_STYLE}</style><h1>Where the teacher disagreed</h1><ul>{links}</ul></html>"
+    )
+    (folder / "index.html").write_text(index, encoding="utf-8")
+    return path
+
+
+class Inspector:
+    """Collects, between two log entries, the divergence of each completion and the one to draw.
+
+    Args:
+        keeps_rows (`bool`):
+            Whether the divergence of each row is wanted, for the table of completions.
+        keeps_trace (`bool`):
+            Whether the completion of the largest mean divergence is wanted, for the heat map.
+    """
+
+    def __init__(self, keeps_rows: bool, keeps_trace: bool):
+        self.keeps_rows, self.keeps_trace = keeps_rows, keeps_trace
+        self.divergences: list[float | None] = []
+        self.trace: Trace | None = None
+
+    def begin(self, num_rows: int) -> None:
+        """A new generation batch, of so many rows on this rank."""
+        self.divergences = [None] * num_rows
+
+    def look(self, inputs: dict[str, Any], scored: Any, mask: Any) -> None:
+        """Takes in a micro-batch that has been scored. Rank-local.
+
+        Args:
+            inputs (`dict`):
+                The micro-batch; `row_index` says which rows of the generation batch these are.
+            scored ([`~heads.CompletionOutput`]):
+                What the student's forward gave.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                Tokens that count.
+        """
+        if not (self.keeps_rows or self.keeps_trace):
+            return
+        counts = mask.sum(-1)
+        means = ((scored.divergences.detach() * mask).sum(-1) / counts.clamp(min=1)).tolist()
+        usable = [i for i, n in enumerate(counts.tolist()) if n > 0 and math.isfinite(means[i])]
+        for i, index in enumerate(inputs["row_index"].tolist()):
+            self.divergences[index] = means[i] if i in usable else None
+        if not (self.keeps_trace and usable):
+            return
+        worst = max(usable, key=means.__getitem__)
+        if self.trace is not None and self.trace.mean_divergence >= means[worst]:
+            return
+        where = mask[worst].bool()
+        self.trace = Trace(
+            prompt_ids=inputs["prompt_ids"][worst][inputs["prompt_mask"][worst].bool()].tolist(),
+            completion_ids=inputs["completion_ids"][worst][where].tolist(),
+            divergences=scored.divergences[worst][where].detach().float().tolist(),
+            logps=scored.logps[worst][where].detach().float().tolist(),
+            teacher_entropies=scored.teacher_entropies[worst][where].float().tolist(),
+            advantage=float(inputs["advantages"][worst].reshape(-1)[0]),
+        )
