@@ -23,6 +23,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .console import show_one_line
+
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +263,7 @@ def train_to_the_end(trainer: Trainer) -> None:
         ValueError: If the checkpoint to go on from is not there.
     """
     args = trainer.args
+    show_one_line(trainer)
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)

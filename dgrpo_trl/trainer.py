@@ -168,6 +168,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             )
         if processing_class is None:
             processing_class = _load_processing_class(model, args)
+        _check_number_of_rows(train_dataset, args)
         self._check_models_and_prompts(model, teacher, args, datasets, processing_class, tools)
 
         super().__init__(
@@ -662,6 +663,20 @@ def _refuse_obstacle(reason: str | None, name: str, args: DGRPOConfig) -> None:
         raise ValueError(
             f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {reason}. Set it to 'auto', which "
             "shares wherever that is exact, or to 'off'."
+        )
+
+
+def _check_number_of_rows(train_dataset, args: DGRPOConfig) -> None:
+    """TRL leaves out what does not fill a generation batch, and would end without a step where nothing does."""
+    if not isinstance(train_dataset, Dataset):
+        return
+    num_prompts = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, and a generation batch takes {num_prompts} prompts "
+            f"({args.generation_batch_size} completions over all processes, {args.num_generations} of a prompt). Not "
+            "one step would be made. Give more rows, or lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation`."
         )
 
 

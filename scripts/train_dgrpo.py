@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, rewards
+from dgrpo_trl.console import quiet_known_warnings
 from dgrpo_trl.long_runs import keep_run_id, train_to_the_end
 from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
 from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
@@ -122,5 +123,6 @@ def main(script_args: DGRPOScriptArguments, training_args: DGRPOConfig, model_ar
 
 
 if __name__ == "__main__":
+    quiet_known_warnings()
     parser = TrlParser((DGRPOScriptArguments, DGRPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(without_gpu(sys.argv[1:])))
