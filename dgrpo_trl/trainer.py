@@ -28,6 +28,7 @@ from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
 from .inspection import Inspector, render_heatmap, tail, write_heatmap
 from .long_runs import CompleteCheckpoints
 from .losses import Distillation, aggregate
+from .model_card import add_recipe_and_metrics
 from .nonfinite import NonFiniteGuard
 from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
 from .prefix_attention import register
@@ -605,6 +606,12 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if self._inspector.trace is not None:
             self._write_heatmap(self._inspector.trace)
             self._inspector.trace = None
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            add_recipe_and_metrics(card, self.args, self.state.log_history)
 
     def _write_heatmap(self, trace) -> None:
         """On the main process."""

@@ -120,12 +120,15 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A hundred words: the rollouts are given, so that nothing is read with it."""
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 100)}}
+    model = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<end>")
+
+
 def make_trainer(student, teacher, num_rows: int, device: str, **options):
     """A `DGRPOTrainer`, or `GRPOTrainer` where there is no teacher, for micro-batches of `num_rows` given rollouts."""
-    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 100)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<end>")), eos_token="<end>", pad_token="<end>"
-    )
     config_class, trainer_class = (GRPOConfig, GRPOTrainer) if teacher is None else (DGRPOConfig, DGRPOTrainer)
     with tempfile.TemporaryDirectory() as folder:
         config = config_class(
@@ -143,7 +146,7 @@ def make_trainer(student, teacher, num_rows: int, device: str, **options):
             lambda completions, **_: [0.0] * len(completions),
             config,
             Dataset.from_dict({"prompt": ["w1"] * max(2, num_rows)}),
-            processing_class=tokenizer,
+            processing_class=make_tokenizer(),
             **({} if teacher is None else {"teacher_model": teacher}),
         )
     trainer.model.train()
