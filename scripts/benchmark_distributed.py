@@ -27,12 +27,11 @@ GROUP, NUM_GROUPS, NUM_STEPS = 8, 2, 5
 
 def launcher(engine: str, processes: int, folder: Path) -> list[str]:
     """The command before the script."""
+    if engine == "ddp":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     config = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": processes}
-    config |= {"use_cpu": not torch.cuda.is_available(), "mixed_precision": "no"}
-    kinds = {"ddp": "MULTI_GPU" if torch.cuda.is_available() else "MULTI_CPU", "zero3": "DEEPSPEED"}
-    config["distributed_type"] = kinds[engine] if processes > 1 or engine == "zero3" else "NO"
-    if engine == "zero3":
-        config["deepspeed_config"] = {"zero_stage": 3, "zero3_init_flag": True}
+    config |= {"use_cpu": not torch.cuda.is_available(), "mixed_precision": "no", "distributed_type": "DEEPSPEED"}
+    config["deepspeed_config"] = {"zero_stage": 3, "zero3_init_flag": True}
     path = folder / "accelerate.json"
     path.write_text(json.dumps(config))
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
@@ -103,6 +102,7 @@ def work(output: str, prompt_tokens: int, completion_tokens: int) -> None:
         steps = slowest.tolist()[1:]  # the first one compares the shared prefix, and warms up
         result = {
             "seconds": statistics.median(steps),
+            "processes": world,
             "communication": sum(getattr(e, name) for e in events) / 1e6 / sum(slowest.tolist()),
         }
         Path(output).write_text(json.dumps(result))
@@ -146,6 +146,7 @@ def main() -> None:
                 if run.returncode != 0:
                     raise SystemExit(f"{engine} on {processes} processes failed:\n{run.stderr[-3000:]}")
                 result = json.loads(output.read_text())
+                assert result["processes"] == processes
                 first = first or result["seconds"]
                 print(
                     f"| {engine} | {processes} | {result['seconds']:.2f} | {first / result['seconds']:.2f} | "
