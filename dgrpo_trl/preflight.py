@@ -315,10 +315,13 @@ def preflight(
     kwargs = args.model_init_kwargs or {}
     names = ("revision", "rope_parameters", "max_position_embeddings")
     changes = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    config = AutoConfig.from_pretrained(student, trust_remote_code=args.trust_remote_code, **changes)
+    config, stored_config = (
+        AutoConfig.from_pretrained(student, trust_remote_code=args.trust_remote_code, **kwargs)
+        for kwargs in (changes, {name: changes[name] for name in changes if name == "revision"})
+    )
     shape = Shape.of(config, peft_config, args.trust_remote_code)
     report = Report()
-    look = _Look(args, config, shape, engine, gpu, mfu, tokenizer, dataset, report)
+    look = _Look(args, config, stored_config, shape, engine, gpu, mfu, tokenizer, dataset, report)
     if isinstance(args, DGRPOConfig):
         look.rollouts()
     else:
@@ -330,6 +333,7 @@ def preflight(
 class _Look:
     args: TrainingArguments
     config: PreTrainedConfig
+    stored_config: PreTrainedConfig  # as it lies beside the weights
     shape: Shape
     engine: Engine
     gpu: Gpu
@@ -373,14 +377,15 @@ class _Look:
             )
         completion = args.max_completion_length or 0
         lengths = self._lengths("prompt", "the student", max_positions(self.config.get_text_config()), completion)
-        teacher_config, teacher_shape, teacher_lengths = self._teacher(lengths, completion)
+        teacher_shape, teacher_lengths = self._teacher(lengths, completion)
+        self._check_sampler()
         if args.use_vllm and args.vllm_max_model_length and max(lengths) + completion > args.vllm_max_model_length:
             self.report.problems.append(
                 f"The longest prompt has {max(lengths)} tokens, which with `max_completion_length` ({completion}) are "
                 f"more than `vllm_max_model_length` ({args.vllm_max_model_length}). vLLM would refuse it. Raise that, "
                 "or lower `max_prompt_tokens`."
             )
-        epoch_tokens = (statistics.mean(lengths) * 1 + group * completion) * len(self.dataset)
+        epoch_tokens = (statistics.mean(lengths) + group * completion) * len(self.dataset)
         add("tokens an epoch", f"{epoch_tokens / 1e6:,.1f} million at most, prompts once")
         reason = None if args.shared_prefix == "off" else obstacle(self.config)
         shares = args.shared_prefix != "off" and reason is None
@@ -390,18 +395,18 @@ class _Look:
             statistics.mean(lengths), completion, prompts, steps, shares, teacher_shape, teacher_lengths
         )
 
-    def _teacher(self, lengths: list[int], completion: int):
-        """Configuration, shape and prompt lengths of the teacher; `None` three times without one."""
+    def _teacher(self, lengths: list[int], completion: int) -> tuple[Shape | None, list[int] | None]:
+        """Shape and prompt lengths of the teacher; `None` twice without one."""
         args = self.args
         name = args.teacher_model_name_or_path
         if name is None or args.distill_coef == 0:
-            return None, None, None
+            return None, None
         column = args.teacher_prompt_column
         has_own = column is not None and column in self.dataset.column_names
         if name == BASE_TEACHER:
             positions = max_positions(self.config.get_text_config())
             own = self._lengths(column, "the teacher", positions, completion) if has_own else lengths
-            return self.config, self.shape, own
+            return self.shape, own
         config = load_teacher_config(name, args)
         try:
             vocab_sizes = (self.shape.vocab, config.get_text_config().vocab_size)
@@ -411,7 +416,7 @@ class _Look:
         self._compare_positions(config, "the teacher")
         positions = max_positions(config.get_text_config())
         own = self._lengths(column if has_own else "prompt", "the teacher", positions, completion)
-        return config, Shape.of(config, trust_remote_code=args.trust_remote_code), own
+        return Shape.of(config, trust_remote_code=args.trust_remote_code), own
 
     def _compare_positions(self, teacher: PreTrainedConfig, name: str) -> None:
         """Student and teacher scale their positions alike, or the one reads what the other does not."""
@@ -422,6 +427,16 @@ class _Look:
                 f"The student's positions are scaled by {ours or 'nothing'}, {name}'s by {theirs or 'nothing'}. They "
                 "would read the same document differently. Give both the same `rope_parameters` and "
                 "`max_position_embeddings`, in `model_init_kwargs` and in `teacher_model_init_kwargs`."
+            )
+
+    def _check_sampler(self) -> None:
+        """vLLM reads the configuration beside the weights, and sees nothing of `model_init_kwargs`."""
+        ours, theirs = (_rope_scaling(config) for config in (self.config, self.stored_config))
+        if self.args.use_vllm and ours != theirs:
+            self.report.problems.append(
+                f"The student's positions are scaled by {ours or 'nothing'}, but its own configuration says "
+                f"{theirs or 'nothing'}, which is what vLLM reads: rollouts would be sampled by another model than is "
+                "trained. Start from a checkpoint that was saved with them, as the cold start of the 128K recipes is."
             )
 
     def _lengths(self, column: str, reader: str, positions: int | None, completion: int) -> list[int]:
@@ -463,15 +478,14 @@ class _Look:
     def _state(self, shape: Shape) -> dict[str, float]:
         """Bytes of the student's weights, gradients and optimiser on one device."""
         args, engine = self.args, self.engine
-        halves = args.bf16 or args.fp16
         stored = str((args.model_init_kwargs or {}).get("dtype") or "float32")
-        weight = 2 if (engine.is_deepspeed and halves) or "float32" not in stored and stored != "auto" else 4
-        weight = 2 if stored == "auto" and not (engine.is_deepspeed and halves) else weight
+        # DeepSpeed keeps weights in the dtype of the arithmetic, and float32 ones beside them for the optimiser
+        is_half = (args.bf16 or args.fp16) if engine.is_deepspeed else "16" in stored or stored == "auto"
+        weight = 2 if is_half else 4
+        master = 4 if engine.is_deepspeed and is_half else 0
         optim = str(getattr(args.optim, "value", args.optim))
-        states = 0 if "sgd" in optim or "adafactor" in optim else 2 * (1 if "8bit" in optim else max(weight, 4))
-        if not engine.is_deepspeed:
-            states = 0 if "sgd" in optim or "adafactor" in optim else 2 * (1 if "8bit" in optim else weight)
-        master = 4 if engine.is_deepspeed and weight == 2 else 0
+        per_state = 1 if "8bit" in optim else 4 if engine.is_deepspeed else weight
+        states = 0 if "sgd" in optim or "adafactor" in optim else 2 * per_state
         weights = 0 if engine.offload_params else weight * shape.num_parameters / engine.shards("weights")
         optimizer = 0 if engine.offload_optimizer else (states + master) * shape.num_trainable
         return {

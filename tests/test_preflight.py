@@ -229,6 +229,17 @@ def test_student_and_teacher_must_scale_positions_alike(models, tokenizer, tmp_p
     assert len(report.problems) == 1
 
 
+def test_vllm_must_see_the_positions_too(models, tokenizer, tmp_path):
+    yarn = {"model_init_kwargs": YARN, "teacher_model_init_kwargs": YARN, "use_vllm": True}
+    report = look(models, tokenizer, tmp_path, **yarn)
+    with pytest.raises(ValueError, match="its own configuration says nothing, which is what vLLM reads"):
+        report.raise_for_problems()
+    AutoConfig.from_pretrained(models / "student", **YARN).save_pretrained(tmp_path / "saved")
+    args = DGRPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=True, distill_coef=0.0, use_vllm=True)
+    engine, gpu = Engine("zero3", 8), GPUS["h100-80gb"]
+    preflight(args, str(tmp_path / "saved"), rows(), tokenizer, engine, gpu).raise_for_problems()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
