@@ -107,7 +107,6 @@ class DGRPOConfig(GRPOConfig):
             "None, are scored under the student's prompt."
         },
     )
-
     teacher_offload: str | None = field(
         default=None,
         metadata={

@@ -167,11 +167,14 @@ class Inspector:
     def __init__(self, keeps_rows: bool, keeps_trace: bool):
         self.keeps_rows, self.keeps_trace = keeps_rows, keeps_trace
         self.divergences: list[float | None] = []
+        self.table_is_trained = False  # or of an evaluation, whose rows have no divergence here
         self.trace: Trace | None = None
 
-    def begin(self, num_rows: int) -> None:
-        """A new generation batch, of so many rows on this rank."""
-        self.divergences = [None] * num_rows
+    def begin(self, num_rows: int, is_training: bool) -> None:
+        """A new generation batch, of so many rows on this rank; one of an evaluation leaves what is known alone."""
+        self.table_is_trained = is_training
+        if is_training:
+            self.divergences = [None] * num_rows
 
     def look(self, inputs: dict[str, Any], scored: Any, mask: Any) -> None:
         """Takes in a micro-batch that has been scored. Rank-local.

@@ -392,7 +392,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if not self._distills:
             return rollouts
         num_rows = len(rollouts["completion_ids"])
-        self._inspector.begin(num_rows)
+        self._inspector.begin(num_rows, self.model.training)
         rollouts["row_index"] = torch.arange(num_rows, device=rollouts["completion_ids"].device)
         if "pixel_values" in rollouts:
             raise NotImplementedError("The teacher does not score images yet. Use a text-only data set.")
@@ -600,7 +600,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if self.log_completions:
             self._logs["prompt"] = deque(map(tail, self._logs["prompt"]), self._logs["prompt"].maxlen)
             if self._inspector.keeps_rows:
-                divergences = gather_object(self._inspector.divergences)
+                divergences, num_rows = gather_object(self._inspector.divergences), len(self._logs["prompt"])
+                if not self._inspector.table_is_trained or len(divergences) != num_rows:
+                    divergences = [None] * num_rows
                 self._logs["extra"]["divergence"] = deque(divergences, self._logs["prompt"].maxlen)
         super().log(logs, start_time)
         if self._inspector.trace is not None:

@@ -111,6 +111,25 @@ def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved
         assert matched >= 10
 
 
+def test_rows_of_an_evaluation_have_no_divergence_in_the_table(make_trainer, saved_teacher, dataset, tmp_path):
+    trainer = make_trainer(
+        DGRPOTrainer,
+        teacher_model=saved_teacher,
+        eval_dataset=dataset.select(range(3)),
+        per_device_train_batch_size=8,
+        log_completions=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=3,
+        num_iterations=2,  # the second step is made on rollouts from before an evaluation
+    )
+    trainer.train()
+    files = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
+    assert len(files) == 3  # TRL overwrites the table of a step with that of its evaluation
+    assert all(pd.read_parquet(path)["divergence"].isna().all() for path in files)
+    assert None not in trainer._inspector.divergences
+
+
 def test_a_run_writes_its_heat_maps_and_sends_them_to_wandb(make_trainer, saved_teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -139,7 +158,7 @@ def test_nothing_is_kept_where_nothing_is_asked_for(make_trainer, saved_teacher,
 def test_a_completion_with_nothing_to_learn_from_has_no_divergence(make_trainer, saved_teacher):
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, log_heatmaps=True, log_completions=True)
     inspector = trainer._inspector
-    inspector.begin(2)
+    inspector.begin(2, is_training=True)
     inputs = {
         "row_index": torch.tensor([1, 0]),
         "prompt_ids": torch.tensor([[0, 4], [5, 6]]),
