@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import is_conversational
 
@@ -20,7 +21,7 @@ MAX_ROWS_TOKENIZED = 512
 def load_rows(
     name_or_path: str, config: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Reads a JSONL or Parquet file, a folder of `Dataset.save_to_disk`, or a data set of the Hub.
+    """Reads a JSONL or Parquet file, a folder of them or of `Dataset.save_to_disk`, or a data set of the Hub.
 
     Args:
         name_or_path (`str`):
@@ -51,12 +52,36 @@ def load_rows(
             return load_dataset(
                 _FILE_FORMATS[path.suffix], data_files=name_or_path, split="train", streaming=streaming
             )
+        if path.is_dir() and config is None:
+            return _load_folder(path, split, streaming)
         return load_dataset(name_or_path, name=config, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The data set {name_or_path!r} cannot be read: {error} Give a {', '.join(_FILE_FORMATS)} file, a folder "
             "saved with `save_to_disk`, or the id of a data set of the Hub that this machine can reach."
         ) from error
+
+
+def _load_folder(folder: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """The files of a split, as `datasets` finds them by their names and folders.
+
+    They are named one by one: for a folder with a card that names its files, the cache of `datasets` (5.2) knows the
+    folder's name and not what is in it, and gives the rows of another build.
+
+    Raises:
+        ValueError: If the folder has no file of that split.
+    """
+    try:
+        patterns = get_data_patterns(str(folder.resolve()))
+    except EmptyDatasetError as error:
+        raise ValueError(f"it has no data files ({error}).") from error
+    if split not in patterns:
+        raise ValueError(f"it has no split {split!r}, but {sorted(map(str, patterns))}.")
+    found = DataFilesList.from_patterns(patterns[split], base_path=str(folder.resolve()))
+    for suffix, file_format in reversed(_FILE_FORMATS.items()):
+        if files := sorted({file for file in found if file.endswith(suffix)}):
+            return load_dataset(file_format, data_files=files, split="train", streaming=streaming)
+    raise ValueError(f"its files are no {', '.join(_FILE_FORMATS)}.")
 
 
 def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

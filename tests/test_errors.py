@@ -156,6 +156,31 @@ def test_local_data_sets_are_read(tmp_path, kind):
     assert load_rows(str(path))["prompt"][0] == "a"
 
 
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+
+
+def test_a_folder_that_is_built_anew_is_read_anew(tmp_path):
+    """`load_dataset` itself gives the rows of the first one: its cache knows a folder by its name and its card."""
+    for parent, num_rows in (("a", 3), ("b", 5), ("a", 7)):
+        folder = tmp_path / parent / "dataset"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(CARD)
+        Dataset.from_dict({"prompt": ["x"] * num_rows}).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        for streaming in (False, True):
+            assert len(list(load_rows(str(folder), streaming=streaming))) == num_rows
+
+
+def test_the_split_of_a_folder_is_found_by_its_files(tmp_path):
+    for name, num_rows in (("train", 3), ("test", 2)):
+        Dataset.from_dict({"prompt": ["x"] * num_rows}).to_json(tmp_path / f"{name}.jsonl")
+    assert len(load_rows(str(tmp_path))) == 3 and len(load_rows(str(tmp_path), split="test")) == 2
+    with pytest.raises(ValueError, match=r"it has no split 'dev', but \['test', 'train'\]"):
+        load_rows(str(tmp_path), split="dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="it has no data files"):
+        load_rows(str(tmp_path / "empty"))
+
+
 def test_special_token_literals_are_broken_up_and_other_text_is_not(tokenizer):
     text = "see <|im_end|><|endoftext|> and <|im_endless|>"
     escaped = escape_special_tokens(text, tokenizer)
