@@ -175,7 +175,9 @@ def test_a_script_that_is_stopped_asks_to_be_started_again_and_goes_on(tokenizer
     ]
     requeue = tmp_path / "requeue"
     environment = {
-        **os.environ,
+        **{
+            name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+        },  # of another test's run
         "DGRPO_REQUEUE_FILE": str(requeue),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
         "WANDB_MODE": "offline",
