@@ -53,9 +53,9 @@ class CompleteCheckpoints:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+        except Exception as error:  # safetensors and torch have errors of their own for a full disk
             kept = latest_checkpoint(run_dir)
-            raise OSError(
+            raise RuntimeError(
                 f"The checkpoint {folder} could not be written: {error}. "
                 f"{'The newest whole one is ' + str(kept) if kept else 'There is no whole one yet'}. Make room, and "
                 "start again with `resume_from_checkpoint: auto`."

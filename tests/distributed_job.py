@@ -11,6 +11,7 @@ Options are fields of the config, and:
 | `resume` | go on from the newest checkpoint of this folder |
 | `saves` | save the model as a script does |
 | `measures` | write each rank's memory |
+| `tile_tokens` | tokens that the LM head takes at a time: so few that ranks have different numbers of tiles |
 """
 
 import faulthandler
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.long_runs import latest_checkpoint
+from dgrpo_trl.losses import TILE_TOKENS
 
 
 TIMEOUT_SECONDS = 240
@@ -90,8 +92,10 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         }
         for i in range(11, 31)
     ]
-    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures")
+    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures", "tile_tokens")
     own = {name: options.pop(name, None) for name in own}
+    if own["tile_tokens"]:
+        TILE_TOKENS["cpu"] = own["tile_tokens"]
     defaults = {
         "num_generations": 4,
         "max_completion_length": 10,

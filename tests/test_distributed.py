@@ -100,7 +100,7 @@ def zero3(**options):
         ("ddp", {"max_tokens_per_micro_batch": 40}),
         ("cpu_fsdp2.yaml", {"max_tokens_per_micro_batch": 40}),
         zero3(shared_prefix="on", evaluates=3),
-        zero3(shared_prefix="off"),
+        zero3(shared_prefix="off", tile_tokens=3),
         zero3(max_tokens_per_micro_batch=40, teacher_offload="cpu"),
         zero3(lora=True),
         zero3(lora=True, teacher="base"),

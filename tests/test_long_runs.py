@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -64,18 +65,29 @@ def test_which_checkpoint_is_asked_for(tmp_path):
 
 
 class DiskFull(DGRPOTrainer):
-    """Saves what it can, then finds no room."""
+    """From the second checkpoint on, the system lets no file grow beyond so many bytes."""
 
-    def _save_rng_state(self, output_dir):
+    limit = 0
+
+    def _save_checkpoint(self, model, trial):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if self.state.global_step == 2:
-            raise OSError(28, "No space left on device")
-        super()._save_rng_state(output_dir)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, limits[1]))
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, saved_teacher, tmp_path):
+@pytest.mark.parametrize("limit", [100, 20_000, 150_000])  # the configuration, the weights, the optimiser's states
+def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, saved_teacher, tmp_path, limit):
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    options["optim"] = "adamw_torch"
     trainer = make_trainer(DiskFull, teacher_model=saved_teacher, **options)
-    with pytest.raises(OSError, match="checkpoint-2 could not be written: .*No space left.*checkpoint-1"):
+    trainer.limit = limit
+    with pytest.raises(
+        RuntimeError, match="checkpoint-2 could not be written: .*The newest whole one is .*checkpoint-1"
+    ):
         trainer.train()
     assert latest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, resume_from_checkpoint="auto", **options)
