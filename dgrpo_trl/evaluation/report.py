@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,11 @@ try:
 except ImportError as error:
     raise ImportError("The report needs matplotlib. Install it with `pip install dgrpo-trl[demo]`.") from error
 
+from .curves import metric_points, read_log_history, trailing_means
+from .page import html_page, html_table, markdown_table
+
+
+__all__ = ["read_log_history", "write_report"]
 
 # Metric of `log_history` -> what the reader sees. A metric that no entry holds has no figure.
 CURVES = {
@@ -21,13 +25,6 @@ CURVES = {
     "reward": "Mean reward",
     "distill/divergence": "KL(student || teacher), nats per token",
 }
-
-_STYLE = """
-body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: left; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; }
-"""
 
 
 def write_report(
@@ -77,7 +74,7 @@ def write_report(
         path = _plot_accuracy(figures_dir / "accuracy_by_length.png", accuracies)
         parts.append(("figure", (path, "Exact answers by prompt length; bars are 95 % intervals.")))
     for stage, log_history in log_histories.items():
-        curves = {metric: points for metric in CURVES if (points := _points(log_history, metric))}
+        curves = {metric: points for metric in CURVES if (points := metric_points(log_history, metric))}
         if curves:
             parts.append(("heading", stage))
         for metric, points in curves.items():
@@ -93,16 +90,6 @@ def write_report(
     html_path = output_dir / "report.html"
     html_path.write_text(_to_html(title, parts), encoding="utf-8")
     return html_path
-
-
-def read_log_history(run_dir: str | Path) -> list[dict]:
-    """The `log_history` of the `trainer_state.json` in a folder, or an empty list if there is none."""
-    path = Path(run_dir) / "trainer_state.json"
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.exists() else []
-
-
-def _points(log_history: Sequence[dict], metric: str) -> list[tuple[int, float]]:
-    return [(entry["step"], float(entry[metric])) for entry in log_history if metric in entry]
 
 
 def _percent(share: dict) -> str:
@@ -148,8 +135,7 @@ def _plot_curve(path: Path, points: Sequence[tuple[int, float]], label: str) -> 
     axes = figure.subplots()
     axes.plot(steps, values, color="tab:blue", alpha=0.35, label="logged")
     window = max(1, len(values) // 10)
-    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
-    axes.plot(steps, means, color="tab:blue", label=f"mean of last {window}")
+    axes.plot(steps, trailing_means(values, window), color="tab:blue", label=f"mean of last {window}")
     axes.set(xlabel="step", ylabel=label)
     axes.legend()
     return _save(figure, path)
@@ -169,9 +155,7 @@ def _to_markdown(parts: Sequence[tuple], output_dir: Path) -> str:
         elif kind == "text":
             lines.append(content)
         elif kind == "table":
-            header, rows = content
-            escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
-            lines.append("\n".join(f"| {' | '.join(row)} |" for row in escaped))
+            lines.append(markdown_table(*content))
         else:
             path, caption = content
             lines.append(f"![{caption}]({path.relative_to(output_dir).as_posix()})\n\n{caption}")
@@ -187,9 +171,7 @@ def _to_html(title: str, parts: Sequence[tuple]) -> str:
         elif kind == "text":
             lines.append(f"<p>{html.escape(content)}</p>")
         elif kind == "table":
-            header, rows = content
-            body = "".join(_html_row("td", row) for row in rows)
-            lines.append(f"<table>{_html_row('th', header)}{body}</table>")
+            lines.append(html_table(*content))
         else:
             path, caption = content
             image = base64.b64encode(path.read_bytes()).decode()
@@ -198,11 +180,4 @@ def _to_html(title: str, parts: Sequence[tuple]) -> str:
                 f'<figure><img src="data:image/png;base64,{image}" alt="{caption}">'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(lines) + "\n</body></html>\n"
-    )
-
-
-def _html_row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return html_page(title, lines)
