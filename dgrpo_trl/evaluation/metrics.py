@@ -69,7 +69,7 @@ def exact_match(completion: str, references: Sequence[str]) -> float:
 def _found(completion: str, references: Sequence[str]) -> list[bool]:
     if isinstance(references, str) or not references:
         raise ValueError(
-            f"`references` is {references!r}. The score is a share of the references. Pass a list of at least one text."
+            f"`references` is {references!r}. The score is a share of the references. Pass a list of texts."
         )
     completion = completion.lower()
     return [reference.lower() in completion for reference in references]

@@ -1,9 +1,85 @@
-"""Samples of long-context tasks: prompts of a given length in the model's own tokens, with what a right answer holds."""
+"""Samples of long-context tasks: prompts of a given length in the model's tokens, with what a right answer holds.
 
-from dataclasses import dataclass
+[`make_samples`] makes eleven tasks of RULER (arXiv 2404.06654) from a seed, without any download:
+
+| task | in the text | asked for |
+| --- | --- | --- |
+| `niah_single_1` | a number for a key, in repeated noise | the number |
+| `niah_single_2`, `niah_single_3` | a number, or a UUID, in a text | that |
+| `niah_multikey_1` | numbers of four keys, in a text | one of them |
+| `niah_multikey_2`, `niah_multikey_3` | a number (UUID) among as many others as fit | that |
+| `niah_multivalue` | four numbers of one key, in a text | all four |
+| `niah_multiquery` | numbers of four keys, in a text | all four |
+| `vt` | a value that goes from variable to variable, in noise; an example before it | the five variables |
+| `cwe` | a list in which ten words come more often; an example before it | the ten |
+| `fwe` | coded words whose frequency falls with the square of their rank | the three most frequent |
+
+What differs from RULER: its essays, which cannot be made here, are replaced by noise, or by a text of yours; words are
+of lists below and not of the package `wonderwords`; samples start at different places of the text; the examples are
+shorter below 4096 tokens, and `cwe` has none below 1024, where there is no room.
+
+[`question_samples`] takes the questions of held-out LongBlocks rows, and [`shared_ngrams`] looks for pieces of the
+training data in prompts.
+"""
+
+import bisect
+import hashlib
+import itertools
+import logging
+import math
+import os
+import re
+import string
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from random import Random
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from ..data import escape_messages, escape_special_tokens
+from ..longblocks.decontamination import _hash, _ngrams, _strings, _tokens
+from ..longblocks.load import DropCounts
+from ..rewards import normalize_answer
+
+
+logger = logging.getLogger(__name__)
+
+NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+# From here on RULER's lists of common words have their full numbers of repeats
+_FULL_LENGTH = 4096
+_EXAMPLE_LENGTH = 1024
+
+_ADJECTIVES = (
+    "able agile amber ample ancient autumn basic bitter blue bold brave brief bright brisk broad bronze calm "
+    "careful cheap chilly civil clean clever common cosmic crisp curious damp dapper dear deep dense distant dizzy "
+    "double dull eager early easy elder empty equal exact faint famous fancy fierce flat fluffy foreign formal "
+    "fragile frank fresh frosty gentle giant glad golden grand great green happy harsh hasty heavy hidden hollow "
+    "honest huge humble humid icy idle jolly keen kind large lazy light little lively lonely loud loyal lucky "
+    "mellow merry mighty mild misty modern narrow neat noble novel obvious odd orange patient plain polite proud "
+    "purple quick quiet rapid rare royal"
+).split()
+# All of four letters: two of them make a word of eight, and none of these words is a piece of another
+_NOUNS = (
+    "arch army atom aunt band bank barn bead bear beet bell belt bike bird boat bolt bone book boot bowl bulb cafe "
+    "cage cake camp cape card cart cave city clay club coal coat coin cook cork corn cove crab crew crow cube deck "
+    "deer desk dish dock door dove drum duck dune dust farm fern film fish flag foam food fork fort frog gate gift "
+    "goat gold gong gown hall hare harp hawk helm herb hill hoof horn hose iris iron isle kite knee lace lake lamb "
+    "lamp lark leaf lily lime lion loaf lock loom lute mask mast maze mice mill mint moon moss moth nail nest note "
+    "oven palm path pear pine pipe plum poem pond pony pool port raft rain reef rice ring road robe rock roof root "
+    "rope rose sail salt sand seal seed ship shoe shop silk snow soap sofa soil star swan tent tile toad tomb tool "
+    "tree tube vase vest vine wall wasp wave well wine wing wolf wood wool yarn"
+).split()
+
+# A character of a script without spaces, or a word: what a text is cut by, white space before it included
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_UNIT = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
+# White space after what looks like the end of a sentence and not of an abbreviation, or what follows such a mark
+_SENTENCE_END = re.compile(r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+|(?<=[。！？])(?![」』”’）])\s*")
 
 
 @dataclass(frozen=True)
@@ -68,3 +144,589 @@ def prompt_text(
         messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
     )
     return rendered + answer_prefix
+
+
+# --- RULER's tasks
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """What needles lie in: sentences, between which the needles go.
+
+    Args:
+        name (`str`):
+            For the ids of samples.
+        sentences (`tuple[str, ...]`):
+            Taken in this order, from any one on, and again from the first when they are used up; the last one is cut
+            after any word. None of them: distractors, needles with other keys and values, of which none is cut.
+        separator (`str`, *optional*, defaults to `" "`):
+            Stands between sentences and needles.
+    """
+
+    name: str
+    sentences: tuple[str, ...]
+    separator: str = " "
+
+    @classmethod
+    def from_text(cls, text: str) -> "Haystack":
+        """A text of any language, such as the essays of RULER; white space in it is made even.
+
+        Raises:
+            ValueError: if it is empty.
+        """
+        text = " ".join(text.split())
+        if not text:
+            raise ValueError("`text` is empty. Needles are hidden in its sentences. Give a text, or take `NOISE`.")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return cls(f"text_{digest}", tuple(sentence for sentence in _SENTENCE_END.split(text) if sentence))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Haystack":
+        """The same of a text file in UTF-8.
+
+        Raises:
+            ValueError: if it cannot be read, or is empty.
+        """
+        try:
+            return cls.from_text(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The haystack {str(path)!r} cannot be read: {error} Give a text file in UTF-8 that is not empty."
+            ) from error
+
+    @cached_property
+    def _ends(self) -> list[list[int]]:
+        """For each sentence, where its words end."""
+        return [[match.end() for match in _UNIT.finditer(sentence)] for sentence in self.sentences]
+
+    @cached_property
+    def _text(self) -> str:
+        return self.separator.join(self.sentences)
+
+    def first(self, num_units: int, start: int) -> list[str]:
+        """So many words (characters, in scripts without spaces), from sentence number `start` on, as sentences."""
+        taken = []
+        for index in itertools.count(start):
+            if num_units <= 0:
+                return taken
+            index %= len(self.sentences)
+            ends = self._ends[index]
+            taken.append(self.sentences[index][: ends[min(num_units, len(ends)) - 1]])
+            num_units -= len(ends)
+
+
+NOISE = Haystack("noise", (NOISE_LINE,), separator="\n")
+NEEDLES = Haystack("needles", (), separator="\n")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sample of which all is decided but how much filler it has.
+
+    Nothing here depends on the tokenizer: the same things are asked of any model.
+    """
+
+    content: Callable[[int], str]  # the user turn with so many units of filler
+    answer_prefix: str
+    references: tuple[str, ...]
+    max_new_tokens: int
+    min_units: int = 0
+    max_units: int | None = None
+
+
+def _needles(
+    rng: Random,
+    length: int,
+    haystack: Haystack,
+    *,
+    fixed_haystack: Haystack | None = None,
+    keys: str = "words",
+    values: str = "numbers",
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_queries: int = 1,
+) -> _Draft:
+    """Needle in a haystack: `num_values` values of each of `num_keys` keys, of which `num_queries` are asked for."""
+    haystack = fixed_haystack or haystack
+
+    taken: set[str] = set()
+
+    def draw(kind: str) -> str:
+        """One that is in no needle and not in the text."""
+        while True:
+            if kind == "words":
+                drawn = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+            elif kind == "numbers":
+                drawn = str(rng.randrange(10**6, 10**7))
+            else:
+                drawn = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+            if drawn not in taken and drawn not in haystack._text:
+                return drawn
+
+    def draw_new(kind: str) -> str:
+        drawn = draw(kind)
+        taken.add(drawn)
+        return drawn
+
+    def needle(key: str, value: str) -> str:
+        return f"One of the special magic {values} for {key} is: {value}."
+
+    pairs = {key: [draw_new(values) for _ in range(num_values)] for key in [draw_new(keys) for _ in range(num_keys)]}
+    # Depths are shares of the text, so that they do not depend on its number of sentences
+    depths = [(rng.random(), needle(key, value)) for key, of_key in pairs.items() for value in of_key]
+    queries = rng.sample(list(pairs), num_queries)
+    start = rng.randrange(max(1, len(haystack.sentences)))
+    distractors: list[str] = []
+
+    def context(num_units: int) -> str:
+        if haystack.sentences:
+            sentences = haystack.first(num_units, start)
+        else:
+            while len(distractors) < num_units:
+                distractors.append(needle(draw(keys), draw(values)))
+            sentences = distractors[:num_units]
+        return haystack.separator.join(_with_inserted(sentences, depths))
+
+    asked = queries[0] if num_queries == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
+    if num_queries * num_values == 1:
+        kind, introduction, verb = values[:-1], f"A special magic {values[:-1]} is", "is the"
+        prefix_verb = "is"
+    else:
+        kind, introduction, verb = values, f"Some special magic {values} are", "are all the"
+        prefix_verb = "are"
+    return _Draft(
+        content=lambda num_units: (
+            f"{introduction} hidden within the following text. Make sure to memorize it. I will quiz you about the "
+            f"{kind} afterwards.\n{context(num_units)}\nWhat {verb} special magic {kind} for {asked} mentioned in the "
+            "provided text?"
+        ),
+        answer_prefix=f"The special magic {kind} for {asked} mentioned in the provided text {prefix_verb}",
+        references=tuple(value for key in queries for value in pairs[key]),
+        max_new_tokens=128,
+    )
+
+
+def _with_inserted(sentences: list[str], depths: Iterable[tuple[float, str]]) -> list[str]:
+    """The sentences with each text at its depth, a share of the number of sentences; order at equal ones is kept."""
+    texts_at = defaultdict(list)
+    for depth, text in depths:
+        texts_at[int(depth * (len(sentences) + 1))].append(text)
+    result = []
+    for position, sentence in enumerate([*sentences, None]):
+        result += texts_at[position]
+        if sentence is not None:
+            result.append(sentence)
+    return result
+
+
+_NUM_HOPS = 4
+
+
+def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> _Draft:
+    """A chain of assignments in noise, in its order, after an example of the same in little noise."""
+
+    def chain(num_letters: int, taken: str) -> tuple[str, list[str], list[tuple[float, str]]]:
+        """Value, names, and statements with their depths."""
+        names: dict[str, None] = {}
+        while len(names) <= _NUM_HOPS:
+            names["".join(rng.choices(string.ascii_uppercase, k=num_letters))] = None
+        value = taken
+        while value == taken:
+            value = str(rng.randrange(10000, 100000))
+        names = list(names)
+        statements = [f"VAR {names[0]} = {value}"]
+        statements += [f"VAR {name} = VAR {before}" for before, name in itertools.pairwise(names)]
+        depths = sorted(rng.random() for _ in statements)
+        return value, names, list(zip(depths, statements, strict=True))
+
+    def question(value: str, statements: list[tuple[float, str]], lines: list[str]) -> str:
+        context = NOISE.separator.join(_with_inserted(lines, statements))
+        return (
+            "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+            f"{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
+        )
+
+    def prefix(value: str) -> str:
+        return (
+            "Answer: According to the chain(s) of variable assignment in the text above, "
+            f"{_NUM_HOPS + 1} variables are assigned the value {value}, they are:"
+        )
+
+    value, names, statements = chain(5, taken="")
+    example_value, example_names, example_statements = chain(3, taken=value)
+    example_lines = [NOISE_LINE] * min(10, length // 256)
+    example = question(example_value, example_statements, example_lines)
+    example = f"{example} {prefix(example_value)} {' '.join(example_names)}"
+    return _Draft(
+        content=lambda num_units: f"{example}\n\n{question(value, statements, NOISE.first(num_units, 0))}",
+        answer_prefix=prefix(value),
+        references=tuple(names),
+        max_new_tokens=30,
+    )
+
+
+def _common_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
+    """A numbered list in which ten words come more often than the others, after a shorter example."""
+    words = rng.sample(_COMPOUNDS, len(_COMPOUNDS))
+    common, example_common, words = words[:10], words[10:20], words[20:]
+    shuffle_seed = rng.getrandbits(64)
+
+    def question(common: list[str], repeats: int, others: list[str], other_repeats: int) -> str:
+        entries = common * repeats + others * other_repeats
+        Random(shuffle_seed).shuffle(entries)
+        return (
+            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
+            f"that appear most often.\n{_numbered(entries)}\n"
+            "Question: What are the 10 most common words in the above list?"
+        )
+
+    prefix = "Answer: The top 10 words that appear most often in the list are:"
+    num_others, example_repeats, repeats = (30, (10, 3), (30, 3)) if length >= _FULL_LENGTH else (10, (3, 1), (6, 1))
+    example_others, others = words[:num_others], words[num_others:]
+    example = ""
+    if length >= _EXAMPLE_LENGTH:
+        asked = question(example_common, example_repeats[0], example_others, example_repeats[1])
+        example = f"{asked} {prefix} {_numbered(example_common)}\n"
+    return _Draft(
+        content=lambda num_units: example + question(common, repeats[0], others[:num_units], repeats[1]),
+        answer_prefix=prefix,
+        references=tuple(common),
+        max_new_tokens=120,
+        min_units=1,
+        max_units=len(others),
+    )
+
+
+_COMPOUNDS = [first + second for first in _NOUNS for second in _NOUNS if first != second]
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+
+
+# With fewer coded words the third and the fourth of them are as frequent as each other
+_MIN_CODED_WORDS = 53
+
+
+def _frequent_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
+    """Coded words of which the one of rank k has a share of k^-2 / zeta(2); dots are the first, and not asked for."""
+    words: dict[str, None] = {}
+    while len(words) < max(5, length // 50):
+        words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
+    ranked = ["...", *list(words)[1:]]
+    shuffle_seed = rng.getrandbits(64)
+
+    def content(num_units: int) -> str:
+        text = [
+            word
+            for rank, word in enumerate(ranked, start=1)
+            for _ in range(int(num_units * 6 / (math.pi * rank) ** 2))
+        ]
+        Random(shuffle_seed).shuffle(text)
+        return (
+            "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+            f"appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore the "
+            "dots '....'. What are the three most frequently appeared words in the above coded text?"
+        )
+
+    return _Draft(
+        content=content,
+        answer_prefix="Answer: According to the coded text above, the three most frequently appeared words are:",
+        references=tuple(ranked[1:4]),
+        max_new_tokens=50,
+        min_units=_MIN_CODED_WORDS,
+    )
+
+
+# The names and numbers of RULER's `synthetic.yaml`. Where no haystack is fixed, RULER has essays.
+RULER_TASKS: dict[str, Callable[[Random, int, Haystack], _Draft]] = {
+    "niah_single_1": partial(_needles, fixed_haystack=NOISE),
+    "niah_single_2": _needles,
+    "niah_single_3": partial(_needles, values="uuids"),
+    "niah_multikey_1": partial(_needles, num_keys=4),
+    "niah_multikey_2": partial(_needles, fixed_haystack=NEEDLES),
+    "niah_multikey_3": partial(_needles, fixed_haystack=NEEDLES, keys="uuids", values="uuids"),
+    "niah_multivalue": partial(_needles, num_values=4),
+    "niah_multiquery": partial(_needles, num_keys=4, num_queries=4),
+    "vt": _variable_tracking,
+    "cwe": _common_words,
+    "fwe": _frequent_words,
+}
+# Those whose samples depend on the argument `haystack`
+TEXT_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+
+
+def make_samples(
+    task: str,
+    length: int,
+    num_samples: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    haystack: Haystack | None = None,
+    system_message: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Sample]:
+    """Samples of one of RULER's tasks, drawn independently of each other.
+
+    What is asked depends on `seed`, `task`, `length` and the number of the sample alone: the same for every tokenizer,
+    and the same whether ten samples are made or a hundred. How much text there is around it depends on the tokenizer.
+
+    `length` is kept from below: the prompt and `max_new_tokens` together never exceed it, and one more unit of filler
+    would. A unit is a word of the noise or the text, a distractor needle in `niah_multikey_2` and `_3`, the repeats
+    (one, or three from 4096 tokens on) of an uncommon word in `cwe`, and in `fwe` the next coded word, or the few
+    whose turn comes at the same time.
+
+    Args:
+        task (`str`):
+            One of `RULER_TASKS`.
+        length (`int`):
+            Tokens of the prompt as the model reads it (see [`prompt_text`]) and of the completion, together.
+        num_samples (`int`):
+            Number of samples.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's, with a chat template.
+        seed (`int`, *optional*, defaults to `0`):
+            Another seed gives other samples.
+        haystack ([`Haystack`], *optional*):
+            What stands in place of RULER's essays, in the tasks of `TEXT_TASKS`: `NOISE` (the default, easier than
+            essays), `NEEDLES`, or a text. The others are defined without it, and do not read it.
+        system_message (`str`, *optional*):
+            Content of a system turn.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template.
+
+    Returns:
+        `list[Sample]`
+
+    Raises:
+        ValueError: if the task is unknown, `num_samples` is below 1, the tokenizer has no chat template, or a length
+            is too small for the task, or larger than its words can fill (`cwe`, beyond about 500,000 tokens).
+    """
+    if task not in RULER_TASKS:
+        raise ValueError(f"`task` is {task!r}. There is no such task. Choose from {sorted(RULER_TASKS)}.")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` is {num_samples}. A score needs a sample. Ask for at least 1.")
+    suffix = f"-{haystack.name}" if haystack is not None and task in TEXT_TASKS else ""
+    haystack = haystack or NOISE
+    # A text may quote the control tokens of the model: they are to stay text, as in training
+    sentences = tuple(escape_special_tokens(sentence, tokenizer) for sentence in haystack.sentences)
+    haystack = replace(haystack, sentences=sentences)
+    system = [] if system_message is None else [{"role": "system", "content": system_message}]
+    samples = []
+    for number in range(num_samples):
+        draft = RULER_TASKS[task](Random(f"{seed}:{task}:{length}:{number}"), length, haystack)
+
+        def messages(num_units: int, draft: _Draft = draft) -> list[dict]:
+            return [*system, {"role": "user", "content": draft.content(num_units)}]
+
+        def count(num_units: int, draft: _Draft = draft, messages: Callable = messages) -> int:
+            text = prompt_text(messages(num_units), draft.answer_prefix, tokenizer, chat_template_kwargs)
+            return _num_tokens(text, tokenizer) + draft.max_new_tokens
+
+        num_units, num_tokens = _most_units(count, length, draft, task)
+        samples.append(
+            Sample(
+                id=f"{task}-{length}-{seed}-{number}{suffix}",
+                messages=messages(num_units),
+                answer_prefix=draft.answer_prefix,
+                references=draft.references,
+                max_new_tokens=draft.max_new_tokens,
+                num_tokens=num_tokens - draft.max_new_tokens,
+            )
+        )
+    return samples
+
+
+def _num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    # `verbose` warns of more tokens than the model's longest input, which is for the caller to decide
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: str) -> tuple[int, int]:
+    """The largest number of units whose `count` is at most `length`, and that count.
+
+    Tokens grow almost evenly with units, so a line through two counts leads next to the number sought: a long prompt
+    is tokenised a few times, not once for every halving of an interval.
+    """
+    low, low_tokens = draft.min_units, count(draft.min_units)
+    if low_tokens > length:
+        raise ValueError(
+            f"`length` is {length} tokens, but {task!r} takes {low_tokens} with its shortest text: a prompt of "
+            f"{low_tokens - draft.max_new_tokens} and {draft.max_new_tokens} of completion, in tokens of this model. "
+            "Ask for a larger length, or leave out the task."
+        )
+    high = math.inf if draft.max_units is None else draft.max_units + 1
+    last, guess, rate = (low, low_tokens), low + 16, 1.0
+    while high - low > 1:
+        guess = int(max(low + 1, min(guess, high - 1)))
+        tokens = count(guess)
+        if abs(guess - last[0]) >= 8 and (tokens - last[1]) * (guess - last[0]) > 0:
+            rate = (tokens - last[1]) / (guess - last[0])
+        last = guess, tokens
+        if tokens > length:
+            high = guess
+        else:
+            low, low_tokens = guess, tokens
+        guess = guess + math.floor((length - tokens) / rate)
+    if draft.max_units is not None and low == draft.max_units:
+        raise ValueError(
+            f"`length` is {length} tokens, but {task!r} has words for about {low_tokens}. A shorter text would not be "
+            "what is asked for. Ask for a smaller length, or leave out the task."
+        )
+    return low, low_tokens
+
+
+# --- Questions of LongBlocks
+
+
+def question_samples(
+    rows: Iterable[dict[str, Any]],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int | None = None,
+    prompt_column: str = "prompt",
+    max_new_tokens: int = 32,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> dict[tuple[str, int], list[Sample]]:
+    """The questions of held-out LongBlocks rows, by task and by length.
+
+    A row is of the smallest of `lengths` that holds its prompt and `max_new_tokens`. Rows that none holds, or without
+    an answer to compare with, are left out; how many is logged. Which rows make up the `num_samples` of a cell is
+    decided by their ids alone. Those of the same document stand together and are `shared_with` each other, if their
+    prompts begin with it.
+
+    Args:
+        rows (iterable of `dict`):
+            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or texts of which any is right),
+            `id`, and maybe `task` (`"questions"` where it is missing) and `document_sha256` or `document`.
+        lengths (`Sequence[int]`):
+            Lengths in tokens of prompt and completion.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's, with a chat template.
+        num_samples (`int`, *optional*):
+            Most samples of a task and length; all by default.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column with the messages.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest completion, in tokens.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template.
+
+    Returns:
+        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. Cells without rows are not there.
+
+    Raises:
+        ValueError: if there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
+            template.
+    """
+    if not lengths:
+        raise ValueError("`lengths` is empty. Rows are sorted by length. Give at least one.")
+    lengths = sorted(lengths)
+    counts = DropCounts()
+    num_of_id: Counter[str] = Counter()
+    cells: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+    for row in rows:
+        _check_row(row, prompt_column)
+        num_of_id[row["id"]] += 1  # in the published set, the questions of one document have one id
+        answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"] or ())
+        references = tuple(answer for answer in answers if answer and normalize_answer(answer))
+        messages = escape_messages(row[prompt_column], tokenizer)
+        num_tokens = _num_tokens(prompt_text(messages, "", tokenizer, chat_template_kwargs), tokenizer)
+        index = bisect.bisect_left(lengths, num_tokens + max_new_tokens)
+        reason = "no_answer" if not references else "prompt_too_long" if index == len(lengths) else None
+        counts.add(reason)
+        if reason is not None:
+            continue
+        task = row.get("task") or "questions"
+        number = "" if num_of_id[row["id"]] == 1 else f"-{num_of_id[row['id']]}"
+        cells[task, lengths[index]].append(
+            Sample(
+                id=f"{task}-{row['id']}{number}",
+                messages=messages,
+                answer_prefix="",
+                references=references,
+                max_new_tokens=max_new_tokens,
+                num_tokens=num_tokens,
+                shared_with=_document_id(row),
+            )
+        )
+    if counts.reasons:
+        logger.warning("Rows that are evaluated, and that are left out:\n%s", counts.table())
+    if not cells:
+        raise ValueError(
+            f"Of {counts.num_rows} rows none is left: {dict(counts.reasons)}. There is nothing to evaluate. Give rows "
+            f"with answers, or a length over {lengths[-1]} tokens."
+        )
+    return {cell: _with_documents(_some(cells[cell], num_samples)) for cell in sorted(cells)}
+
+
+def _check_row(row: dict[str, Any], prompt_column: str) -> None:
+    missing = [name for name in (prompt_column, "answer", "id") if name not in row]
+    if missing:
+        raise ValueError(
+            f"A row has no {missing}; its columns are {sorted(row)}. A sample is made of them. Read the rows with "
+            "`load_longblocks`, or name the column of messages as `prompt_column`."
+        )
+
+
+def _document_id(row: dict[str, Any]) -> str | None:
+    if row.get("document_sha256"):
+        return row["document_sha256"]
+    return hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
+
+
+def _some(samples: list[Sample], num_samples: int | None) -> list[Sample]:
+    """The same samples whatever the order of the rows."""
+    if num_samples is None:
+        return samples
+    return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())[:num_samples]
+
+
+def _with_documents(samples: list[Sample]) -> list[Sample]:
+    """Samples of one document next to each other; `shared_with` goes where they do not begin alike."""
+    groups: dict[str | None, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.shared_with].append(sample)
+    for document, group in groups.items():
+        texts = [repr(sample.messages) for sample in group]
+        if document is not None and 2 * len(os.path.commonprefix(texts)) < min(map(len, texts)):
+            groups[document] = [replace(sample, shared_with=None) for sample in group]
+    return [sample for group in groups.values() for sample in group]
+
+
+# --- Training data
+
+
+def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: int = 13) -> list[tuple[str, str]]:
+    """Samples whose prompts hold a piece of the training data: an evaluation of them would measure memory.
+
+    A piece is `n` words in a row; in scripts without spaces a character counts as a word. Case and punctuation make no
+    difference, as in the decontamination of LongBlocks. Takes about 100 bytes for each different piece of the prompts.
+
+    Args:
+        samples (iterable of [`Sample`]):
+            Samples to check.
+        training_rows (iterable of `dict` or `str`):
+            Training data; all text in a row counts, that of messages too.
+        n (`int`, *optional*, defaults to `13`):
+            Words of a piece.
+
+    Returns:
+        `list[tuple[str, str]]`: for each such sample its id, and the first of the pieces; empty if nothing is shared.
+    """
+    samples = list(samples)
+    pieces = {_hash(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
+    texts = (text for row in training_rows for text in _strings(row))
+    found = {hashed for text in texts for ngram in _ngrams(_tokens(text), n) if (hashed := _hash(ngram)) in pieces}
+    shared = []
+    for sample in samples if found else ():
+        first = next((ngram for ngram in _sample_ngrams(sample, n) if _hash(ngram) in found), None)
+        if first is not None:
+            shared.append((sample.id, " ".join(first)))
+    return shared
+
+
+def _sample_ngrams(sample: Sample, n: int) -> Iterable[tuple[str, ...]]:
+    return (ngram for message in sample.messages for ngram in _ngrams(_tokens(message["content"]), n))
