@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -131,12 +131,13 @@ def html_page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def legend(names: Sequence[str]) -> str:
-    """The line and marker of each series, in the order in which the figures of the page have them."""
+def legend(order: Sequence[str], shown: Collection[str] | None = None) -> str:
+    """The line and marker of each series; `order` as of [`line_figure`], of which `shown` (or all) are listed."""
     items = (
         f'<li><svg viewBox="0 0 28 12" aria-hidden="true"><path class="line" {_stroke(i)} d="M0 6H28"/>'
         f"{_marker(i, 14, 6)}</svg>{html.escape(name)}</li>"
-        for i, name in enumerate(names)
+        for i, name in enumerate(order)
+        if shown is None or name in shown
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 

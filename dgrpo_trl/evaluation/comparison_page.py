@@ -1,0 +1,316 @@
+"""A comparison of runs as JSON, Markdown and one HTML page; the tables of both are made from the JSON's figures."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .page import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
+
+
+_METRICS = {
+    "accuracy": "Score of checkpoints",
+    "reward": "Mean reward",
+    "eval_reward": "Mean reward on held-out prompts",
+    "distill/divergence": "KL(student || teacher), nats per token",
+}
+
+_READING = (
+    "Scores are per cent; a score over several cells (task and length) is the mean over the cells. Each figure has "
+    "its 95 % interval. A difference is taken sample by sample on the same samples. Where several seeds of a training "
+    "were run, the interval holds the differences between seeds as well as those between samples, else those between "
+    "samples only. ▲ and ▼ mark differences whose interval excludes 0; intervals are not widened for their number, so "
+    "one in twenty may do so by chance."
+)
+
+
+def write_comparison(
+    output_dir: str | Path, comparison: Mapping, title: str = "Comparison of runs", command: str = ""
+) -> Path:
+    """Write `comparison.json`, `comparison.md` and `comparison.html`, which loads nothing from anywhere.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder to write to; made if missing.
+        comparison (`Mapping`):
+            What [`compare_runs`] returned and, as `training`, what [`compare_training`] did; either may be missing.
+        title (`str`, *optional*):
+            Heading.
+        command (`str`, *optional*):
+            What was run, shown at the end.
+
+    Returns:
+        `Path`: path of `comparison.html`.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False)
+    (output_dir / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    (output_dir / "comparison.md").write_text(to_markdown(comparison, title, command), encoding="utf-8")
+    path = output_dir / "comparison.html"
+    path.write_text(to_html(comparison, title, command), encoding="utf-8")
+    return path
+
+
+def to_markdown(comparison: Mapping, title: str, command: str = "") -> str:
+    """The summary, the notes and all tables as Markdown."""
+    parts = [f"# {title}"]
+    if comparison.get("scores"):
+        parts += [_summary(comparison), _READING]
+        parts += ["\n".join(f"- {note}" for note in comparison["notes"])] if comparison["notes"] else []
+    for _, caption, header, rows in _tables(comparison):
+        parts.append(f"## {caption}\n\n{markdown_table(header, rows)}")
+    parts += [f"```bash\n{command}\n```"] if command else []
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(comparison: Mapping, title: str, command: str = "") -> str:
+    """The page: summary, notes, tables, figures, heat maps, curves of training, settings of the runs."""
+    tables = {
+        name: html_table(header, rows, name, "numbers", caption) for name, caption, header, rows in _tables(comparison)
+    }
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if comparison.get("scores"):
+        order = list(comparison["groups"])
+        body += [f"<p>{_inline(_summary(comparison))}</p>", f'<p class="muted">{html.escape(_READING)}</p>']
+        if comparison["notes"]:
+            body.append(f"<ul>{''.join(f'<li>{_inline(note)}</li>' for note in comparison['notes'])}</ul>")
+        body += ["<h2>Scores</h2>", tables["scores-by-length"], tables["scores-by-task"]]
+        if "each-run" in tables:
+            body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
+        if comparison["differences"]:
+            body.append(f"<h2>Differences to {html.escape(comparison['baseline'])}</h2>")
+            body += [legend(order), f'<div class="grid">{_difference_figures(comparison)}</div>']
+            body += [tables["differences-by-length"], tables["differences-by-task"]]
+        lengths = {score["length"] for score in comparison["scores"]} - {None}
+        if len(lengths) > 1:
+            body += [
+                "<h2>Scores by length</h2>",
+                legend(order),
+                f'<div class="grid">{_length_figures(comparison)}</div>',
+            ]
+        body += ["<h2>Task by length</h2>", f'<div class="grid">{_heat_maps(comparison)}</div>']
+    if "harness" in tables:
+        body += ["<h2>lm-evaluation-harness</h2>", tables["harness"]]
+    if comparison.get("training"):
+        body.append(_training_part(comparison["training"], list(comparison.get("groups", {})), tables))
+    if comparison.get("groups"):
+        body += ["<h2>Settings</h2>", *map(_settings, comparison["groups"].items())]
+    if command:
+        body.append(f"<p>This page: <code>{html.escape(command)}</code></p>")
+    return html_page(title, body)
+
+
+def _inline(text: str) -> str:
+    """Escaped, with `code` as code."""
+    pieces = html.escape(text).split("`")
+    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _summary(comparison: Mapping) -> str:
+    scores = comparison["scores"]
+    cells = [score for score in scores if score["task"] is not None and score["length"] is not None]
+    num_tasks, num_lengths = len({cell["task"] for cell in cells}), len({cell["length"] for cell in cells})
+    num_runs = sum(len(runs) for runs in comparison["groups"].values())
+    num_samples = sum({(cell["task"], cell["length"]): cell["num_samples"] for cell in cells}.values())
+    overall = [score for score in scores if score["task"] is None and score["length"] is None and score["complete"]]
+    parts = [
+        f"{_count(len(comparison['groups']), 'model or method', 'models or methods')}, {_count(num_runs, 'run')}, "
+        f"{_count(num_tasks, 'task')}, {_count(num_lengths, 'length')}, {num_samples:,} samples a run; baseline "
+        f"`{comparison['baseline']}`."
+    ]
+    if len(overall) > 1:
+        best = max(overall, key=lambda score: score["score"])
+        parts.append(f"Highest score over all: `{best['group']}` with {_percent(best['score'])} %.")
+    return " ".join(parts)
+
+
+def _count(number: int, name: str, names: str = "") -> str:
+    return f"{number} {name if number == 1 else names or name + 's'}"
+
+
+def _percent(share: float, sign: str = "") -> str:
+    text = f"{100 * share:{sign}.1f}"
+    return text.replace("-0.0", "0.0").replace("+0.0", "0.0") if float(text) == 0 else text
+
+
+def _score_cell(score: Mapping | None) -> str | Cell:
+    if score is None:
+        return "–"
+    star = "" if score["complete"] else " *"
+    return Cell(_percent(score["score"]) + star, " to ".join(map(_percent, score["interval"])))
+
+
+def _difference_cell(difference: Mapping | None) -> str | Cell:
+    if difference is None:
+        return "–"
+    kind = mark = ""
+    if difference["excludes_zero"]:
+        kind, mark = ("better", "▲ ") if difference["difference"] > 0 else ("worse", "▼ ")
+    interval = " to ".join(_percent(end, "+") for end in difference["interval"])
+    return Cell(mark + _percent(difference["difference"], "+"), interval, kind)
+
+
+def _seeds_cell(found: Mapping | None, text: str = ".3g") -> str | Cell:
+    if found is None:
+        return "–"
+    interval = found["interval"]
+    return Cell(f"{found['mean']:{text}}", f"{interval[0]:{text}} to {interval[1]:{text}}" if interval else "")
+
+
+def _table(entries: Sequence[Mapping], column: str, to_cell, names: Sequence[str]) -> tuple[list, list]:
+    """Groups by all and `column` ("length" or "task"): its header and rows."""
+    other = "task" if column == "length" else "length"
+    found = {(entry["group"], entry[column]): entry for entry in entries if entry[other] is None}
+    keys = sorted({key for _, key in found if key is not None})
+    header = ["", "all", *(f"{key:,}" if column == "length" else key for key in keys)]
+    return header, [[name, *(to_cell(found.get((name, key))) for key in (None, *keys))] for name in names]
+
+
+def _tables(comparison: Mapping) -> list[tuple[str, str, list, list]]:
+    """`(id, caption, header, rows)` of each table."""
+    tables = []
+    if comparison.get("scores"):
+        groups = comparison["groups"]
+        others = [name for name in groups if name != comparison["baseline"]]
+        for column, label in (("length", "length in tokens"), ("task", "task")):
+            table = _table(comparison["scores"], column, _score_cell, list(groups))
+            tables.append((f"scores-by-{column}", f"Score by {label}, %", *table))
+        if any(len(runs) > 1 for runs in groups.values()):
+            tables.append(("each-run", "Each run: score by length in tokens, %", *_run_table(comparison)))
+        for column, label in (("length", "length in tokens"), ("task", "task")):
+            if comparison["differences"]:
+                table = _table(comparison["differences"], column, _difference_cell, others)
+                caption = f"Difference to {comparison['baseline']} by {label}, percentage points"
+                tables.append((f"differences-by-{column}", caption, *table))
+    if comparison.get("harness"):
+        rows = {(entry["task"], entry["metric"]): {} for entry in comparison["harness"]}
+        for entry in comparison["harness"]:
+            rows[entry["task"], entry["metric"]][entry["group"]] = _seeds_cell(entry, ".4g")
+        names = list(comparison["groups"])
+        body = [[f"{task}, {metric}", *(row.get(name, "–") for name in names)] for (task, metric), row in rows.items()]
+        tables.append(("harness", "Task and metric, with t intervals over seeds", ["", *names], body))
+    for metric, found in (comparison.get("training") or {}).items():
+        if "reached" in found:
+            tables.append((_training_id(metric), f"{_METRICS[metric]}: by step", *_training_table(found)))
+    return tables
+
+
+def _run_table(comparison: Mapping) -> tuple[list, list]:
+    by_length = [score for score in comparison["scores"] if score["task"] is None]
+    keys = sorted({score["length"] for score in by_length} - {None})
+    found = {(score["group"], score["length"]): score["per_run"] for score in by_length}
+    rows = []
+    for name, runs in comparison["groups"].items():
+        for i, run in enumerate(runs):
+            values = [found.get((name, key)) for key in (None, *keys)]
+            rows.append([f"{name}: {run['name']}", *(_percent(v[i]) if v else "–" for v in values)])
+    return ["", "all", *(f"{key:,}" for key in keys)], rows
+
+
+def _training_id(metric: str) -> str:
+    return f"training-{metric.replace('/', '-').replace('_', '-')}"
+
+
+def _training_table(found: Mapping) -> tuple[list, list]:
+    values = list(dict.fromkeys(entry["value"] for entry in found["reached"]))
+    first, last = found["steps"]
+    header = ["", *(f"steps to {value:.3g}" for value in values)]
+    header += [f"mean height, steps {first:g} to {last:g}"] if "areas" in found else []
+    rows = {name: [name] for name in found["curves"]}
+    for entry in found["reached"]:
+        not_all = f"{entry['num_reached']} of {entry['num_runs']} reach it"
+        rows[entry["group"]].append(_seeds_cell(entry["steps"], ".0f") if entry["steps"] else not_all)
+    for name, area in found.get("areas", {}).items():
+        rows[name].append(_seeds_cell(area))
+    return header, list(rows.values())
+
+
+def _difference_figures(comparison: Mapping) -> str:
+    order = list(comparison["groups"])
+    overall, by_length = {}, {}
+    lengths = sorted({entry["length"] for entry in comparison["differences"]} - {None})
+    for entry in comparison["differences"]:
+        values = [100 * value for value in (entry["difference"], *entry["interval"])]
+        if entry["task"] is None and entry["length"] is None:
+            overall[entry["group"]] = values
+        elif entry["task"] is None:
+            by_length.setdefault(entry["group"], []).append((lengths.index(entry["length"]), *values))
+    figures = interval_figure("Over all cells", overall, order, "percentage points")
+    if len(lengths) > 1:
+        ticks = list(enumerate(map(_short, lengths)))
+        figures += line_figure("By length", by_length, order, "length, tokens", "percentage points", ticks)
+    return figures
+
+
+def _length_figures(comparison: Mapping) -> str:
+    order = list(comparison["groups"])
+    lengths = sorted({score["length"] for score in comparison["scores"]} - {None})
+    ticks = list(enumerate(map(_short, lengths)))
+    lines = {}
+    for score in comparison["scores"]:
+        if score["length"] is not None:
+            values = (100 * value for value in (score["score"], *score["interval"]))
+            line = lines.setdefault(score["task"], {}).setdefault(score["group"], [])
+            line.append((lengths.index(score["length"]), *values))
+    return "".join(
+        line_figure(task or "all tasks", series, order, "length, tokens", "score, %", ticks, (0, 100))
+        for task, series in sorted(lines.items(), key=lambda item: item[0] or "")
+    )
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
+
+
+def _heat_maps(comparison: Mapping) -> str:
+    cells = {
+        (score["group"], score["task"], score["length"]): score["score"]
+        for score in comparison["scores"]
+        if score["task"] is not None and score["length"] is not None
+    }
+    tasks, lengths = (sorted({key[i] for key in cells}) for i in (1, 2))
+    maps = []
+    for i, group in enumerate(comparison["groups"]):
+        rows = []
+        for task in tasks:
+            values = [cells.get((group, task, length)) for length in lengths]
+            rows.append([task, *("–" if v is None else Cell(f"{100 * v:.0f}", share=v) for v in values)])
+        header = ["", *map(_short, lengths)]
+        maps.append(html_table(header, rows, f"heat-{i}", "numbers heat", f"{group}: score, %"))
+    return "".join(maps)
+
+
+def _training_part(training: Mapping, groups: Sequence[str], tables: Mapping[str, str]) -> str:
+    names = dict.fromkeys(name for found in training.values() for name in found["curves"])
+    order = [*groups, *(name for name in names if name not in groups)]
+    figures = "".join(
+        line_figure(_METRICS[metric], found["curves"], order, "optimiser step", _METRICS[metric])
+        for metric, found in training.items()
+    )
+    shown = "".join(tables[_training_id(metric)] for metric in training if _training_id(metric) in tables)
+    text = (
+        "Lines are means over seeds, bands go from the lowest to the highest seed. What was logged is shown as the "
+        "mean of the last tenth of the entries. The mean height is the area under the curve divided by its steps; "
+        "intervals are t intervals over seeds."
+    )
+    return (
+        f'<h2>Training</h2><p class="muted">{text}</p>{legend(order, names)}<div class="grid">{figures}</div>{shown}'
+    )
+
+
+def _settings(item: tuple[str, Sequence[Mapping]]) -> str:
+    name, runs = item
+    shown = []
+    for run in runs:
+        rows = [
+            [key, str(value)] for key, value in run.items() if not isinstance(value, Mapping) and value is not None
+        ]
+        for key in ("settings", "versions"):
+            rows += [[f"{key}, {name}", _plain(value)] for name, value in run.get(key, {}).items()]
+        shown.append(html_table(["name", "value"], rows, caption=run["name"]))
+    return f"<details><summary>{html.escape(name)} ({_count(len(runs), 'run')})</summary>{''.join(shown)}</details>"
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
