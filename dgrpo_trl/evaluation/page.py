@@ -23,21 +23,25 @@ p, ul { max-width: 46rem; margin: .5rem 0; } code { overflow-wrap: anywhere; } .
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2rem); }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; color: var(--muted); font-weight: 600; }
-.numbers th, .numbers td { text-align: right; white-space: nowrap; font-weight: normal; }
-.numbers thead th { font-weight: 600; }
-.numbers th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+.numbers th, .numbers td { text-align: right; white-space: nowrap; font-weight: normal; padding: .3rem .5rem; }
+.numbers thead th { font-weight: 600; white-space: normal; }
+.numbers th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); padding-left: 0;
+  white-space: normal; min-width: 7.5rem; max-width: 14rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { .numbers th:first-child { max-width: 8rem; } }
 .numbers small { display: block; font-size: .75rem; }
 .better { color: var(--better); } .worse { color: var(--worse); } .better, .worse { font-weight: 600 !important; }
 .heat { width: 100%; } .heat th, .heat td { padding: .25rem .3rem; font-size: .85rem; }
-.heat td { text-align: center; border: 2px solid var(--page); min-width: 2.4rem;
+.heat thead th + th, .heat td { text-align: center; }
+.heat td { border: 2px solid var(--page); min-width: 2.4rem;
   background: color-mix(in srgb, var(--heat) calc(var(--share) * 100%), var(--panel)); }
 .grid { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .grid figure, .grid .scroll { margin: 0; } figure { margin: 1.5rem 0; } img { max-width: 100%; background: #fff; }
 figcaption { color: var(--muted); font-size: .875rem; } .grid figcaption { color: var(--text); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; max-width: 34rem; } svg text { fill: var(--muted); font-size: 12px; }
-svg .name { fill: var(--text); font-size: 13px; } .line { fill: none; stroke-width: 2; } .band { opacity: .14; }
+svg .name { fill: var(--text); font-size: 13px; } .line { fill: none; stroke-width: 2; } .band { opacity: .1; }
 .rule { stroke: var(--line); } .zero { stroke: var(--muted); stroke-dasharray: 4 3; } .hover { fill: transparent; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; padding: 0; margin: .75rem 0; }
 .legend svg { display: inline-block; width: 28px; height: 12px; margin-right: .4rem; }
@@ -105,8 +109,8 @@ def html_table(
         for row in rows
     )
     attributes = "".join(f' {key}="{html.escape(value)}"' for key, value in (("id", name), ("class", kind)) if value)
-    caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    table = f"<table{attributes}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    above = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
+    table = f"<table{attributes}>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     label = html.escape(caption or name or "table")
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
 
@@ -232,7 +236,7 @@ def interval_figure(
     for x in ticks:
         rule = "zero" if x == 0 else "rule"
         parts.append(f'<path class="{rule}" d="M{place(x):.1f} {_TOP}V{bottom}"/>')
-        parts.append(f'<text x="{place(x):.1f}" y="{bottom + 16}" text-anchor="middle">{x:+g}</text>')
+        parts.append(f'<text x="{place(x):.1f}" y="{bottom + 16}" text-anchor="middle">{f"{x:+g}" if x else 0}</text>')
     for row, (name, (value, low, high)) in enumerate(intervals.items()):
         i, down = order.index(name), _TOP + row_height * row + 28
         text = html.escape(f"{name}: {value:+.4g} ({low:+.4g} to {high:+.4g})")
