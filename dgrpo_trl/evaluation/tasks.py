@@ -16,7 +16,7 @@
 
 What differs from RULER: its essays, which cannot be made here, are replaced by noise, or by a text of yours; words are
 of lists below and not of the package `wonderwords`; samples start at different places of the text; the examples are
-shorter below 4096 tokens, and `cwe` has none below 1024, where there is no room.
+shorter below 4096 tokens; and below 1024, where there is no room, `cwe` has none and repeats its words half as often.
 
 [`question_samples`] takes the questions of held-out LongBlocks rows, and [`shared_ngrams`] looks for pieces of the
 training data in prompts.
@@ -79,7 +79,7 @@ _NOUNS = (
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _UNIT = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
 # White space after what looks like the end of a sentence and not of an abbreviation, or what follows such a mark
-_SENTENCE_END = re.compile(r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+|(?<=[。！？])(?![」』”’）])\s*")
+_SENTENCE_END = re.compile(r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+(?![a-z])|(?<=[。！？])(?![」』”’）])\s*")
 
 
 @dataclass(frozen=True)
@@ -381,7 +381,11 @@ def _common_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
         )
 
     prefix = "Answer: The top 10 words that appear most often in the list are:"
-    num_others, example_repeats, repeats = (30, (10, 3), (30, 3)) if length >= _FULL_LENGTH else (10, (3, 1), (6, 1))
+    if length >= _FULL_LENGTH:
+        num_others, example_repeats, repeats = 30, (10, 3), (30, 3)
+    else:
+        num_others, example_repeats = 10, (3, 1)
+        repeats = (6, 1) if length >= _EXAMPLE_LENGTH else (3, 1)
     example_others, others = words[:num_others], words[num_others:]
     example = ""
     if length >= _EXAMPLE_LENGTH:
@@ -472,10 +476,10 @@ def make_samples(
     What is asked depends on `seed`, `task`, `length` and the number of the sample alone: the same for every tokenizer,
     and the same whether ten samples are made or a hundred. How much text there is around it depends on the tokenizer.
 
-    `length` is kept from below: the prompt and `max_new_tokens` together never exceed it, and one more unit of filler
-    would. A unit is a word of the noise or the text, a distractor needle in `niah_multikey_2` and `_3`, the repeats
-    (one, or three from 4096 tokens on) of an uncommon word in `cwe`, and in `fwe` the next coded word, or the few
-    whose turn comes at the same time.
+    `length` is kept from below: the prompt and `max_new_tokens` together never exceed it, and either one more unit of
+    filler would, or fewer tokens are left than an average unit has. A unit is a word of the noise or the text, a
+    distractor needle in `niah_multikey_2` and `_3`, the repeats (one, or three from 4096 tokens on) of an uncommon
+    word in `cwe`, and in `fwe` the next coded word, or the few whose turn comes at the same time.
 
     Args:
         task (`str`):
@@ -544,7 +548,7 @@ def _num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: str) -> tuple[int, int]:
-    """The largest number of units whose `count` is at most `length`, and that count.
+    """A number of units whose `count` is at most `length`, and that count; one more would be too many or nearly so.
 
     Tokens grow almost evenly with units, so a line through two counts leads next to the number sought: a long prompt
     is tokenised a few times, not once for every halving of an interval.
@@ -557,8 +561,8 @@ def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: s
             "Ask for a larger length, or leave out the task."
         )
     high = math.inf if draft.max_units is None else draft.max_units + 1
-    last, guess, rate = (low, low_tokens), low + 16, 1.0
-    while high - low > 1:
+    last, guess, rate = (low, low_tokens), low + 64, 1.0
+    while high - low > 1 and length - low_tokens >= rate:
         guess = int(max(low + 1, min(guess, high - 1)))
         tokens = count(guess)
         if abs(guess - last[0]) >= 8 and (tokens - last[1]) * (guess - last[0]) > 0:
