@@ -4,15 +4,19 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from test_recipes import script
+from trl import TrlParser
 
 from dgrpo_trl.evaluation.curves import area_under_curve, steps_to_reach
+from dgrpo_trl.evaluation.runs import EvaluationArguments
 
 
 comparison = pytest.importorskip("dgrpo_trl.evaluation.comparison")
@@ -260,6 +264,30 @@ def test_what_cannot_be_read_says_so(save, tmp_path):
     run = read_run(save("a", {("vt", 512): [1]}))
     with pytest.raises(ValueError, match="Baseline 'b' is none of 'a'"):
         compare_runs({"a": [run]}, baseline="b")
+
+
+def test_figures_of_the_harness_alone_are_compared(save):
+    def run(name, value):
+        harness = {"gsm8k": {"exact_match,strict": value, "exact_match_stderr,strict": 0.01, "alias": "gsm8k"}}
+        return read_run(save(name, {("vt", 512): [1]}, cells=[], harness=harness))
+
+    found = compare_runs({"a": [run("a", 0.5)], "b": [run("b0", 0.3), run("b1", 0.4)]})
+    assert (found["scores"], found["differences"]) == ([], [])
+    a, b = found["harness"]
+    assert (a["metric"], a["mean"]) == ("exact_match,strict", 0.5) and b["per_run"] == [0.3, 0.4]
+    assert a["interval"] == pytest.approx([0.4804, 0.5196], abs=1e-4)
+    assert b["interval"] == pytest.approx([0.35 - 12.706 * 0.05, 0.35 + 12.706 * 0.05], rel=1e-3)  # t of 1 degree
+
+
+def test_the_command_shown_gives_the_settings_of_the_run():
+    given = EvaluationArguments(
+        **{"model_name_or_path": "a b", "tasks": ["vt", "cwe"], "lengths": [512, 1024], "num_samples": 7, "seed": 3},
+        **{"chat_template_kwargs": {"enable_thinking": False}, "output_dir": "out", "overwrite": True},
+    )
+    settings = {**asdict(given), "model_sha256": "0", "model_commit": "1", "haystack_sha256": None}
+    words = shlex.split(comparison.evaluation_command(settings))
+    (read,) = TrlParser((EvaluationArguments,)).parse_args_and_config(words[2:])
+    assert read == given and words[:2] == ["python", "scripts/evaluate.py"]
 
 
 @pytest.mark.parametrize(

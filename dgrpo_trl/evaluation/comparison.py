@@ -5,6 +5,7 @@ score over several cells is the mean over the cells, each the mean of its sample
 """
 
 import json
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def compare_runs(
                     "per_run": [_round(value) for value in per_run],
                 }
             )
-        if name == baseline:
+        if name == baseline or not cells:  # only figures of lm-evaluation-harness
             continue
         common = [cell for cell in held[name] if cell in held[baseline]]
         if not common:
@@ -196,7 +197,7 @@ def compare_runs(
 def _checked_baseline(groups: Mapping[str, Sequence[Run]], baseline: str | None) -> str:
     for name, members in groups.items():
         for run in members:
-            if not run.cells:
+            if not run.cells and not run.results.get("harness"):
                 raise ValueError(f"{run.path} has no samples. There is nothing to compare. Evaluate it on some tasks.")
         if not members:
             raise ValueError(f"Group {name!r} has no runs. Give it at least one.")
@@ -275,18 +276,33 @@ def _notes_on_numbers(groups: Mapping[str, Sequence[Run]], num_samples: Mapping)
         notes.append(
             f"One run each of {', '.join(single)}: what another seed would change is in no interval of theirs."
         )
-    if min(num_samples.values()) < 20:
+    if num_samples and min(num_samples.values()) < 20:
         notes.append("Some cells have fewer than 20 samples: their intervals are too narrow.")
     return notes
 
 
 def _description(run: Run) -> dict:
-    keys = ("name", "model", "revision", "seed", "command", "fingerprint", "settings", "versions")
-    return {"path": str(run.path), **{key: run.results[key] for key in keys if key in run.results}}
+    keys = ("name", "model", "revision", "seed", "fingerprint", "settings", "versions")
+    command = evaluation_command(run.results.get("settings", {}))
+    return {"path": str(run.path), "command": command, **{key: run.results[key] for key in keys if key in run.results}}
+
+
+def evaluation_command(settings: Mapping) -> str:
+    """The command line of scripts/evaluate.py that gives these settings of a run, whichever way they were given."""
+    words = ["python", "scripts/evaluate.py"]
+    for key, value in settings.items():
+        if value in (None, {}, [], False) or key.endswith("_sha256") or key == "model_commit":  # not set, or found out
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{key}", *(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values)]
+    return shlex.join(words)
 
 
 def _harness(groups: Mapping[str, Sequence[Run]]) -> list[dict]:
-    """Figures of lm-evaluation-harness that all runs of a group have; standard errors are left out."""
+    """Figures of lm-evaluation-harness that all runs of a group have, with a t interval over seeds.
+
+    Of one run the interval is the normal one of the standard error, where there is one.
+    """
     found = []
     for name, members in groups.items():
         shared = [run.results.get("harness") or {} for run in members]
@@ -294,8 +310,12 @@ def _harness(groups: Mapping[str, Sequence[Run]]) -> list[dict]:
             for metric in metrics if isinstance(metrics, dict) else ():
                 values = [tasks.get(task, {}).get(metric) for tasks in shared]
                 if "stderr" not in metric and all(isinstance(value, int | float) for value in values):
-                    values = [float(value) for value in values]
-                    found.append({"group": name, "task": task, "metric": metric, **_over_seeds(values)})
+                    figures = _over_seeds([float(value) for value in values])
+                    error = metrics.get(metric.replace(",", "_stderr,", 1))
+                    if len(members) == 1 and isinstance(error, int | float):
+                        ends = (figures["mean"] + sign * 1.959964 * error for sign in (-1, 1))
+                        figures["interval"] = [_round(end) for end in ends]
+                    found.append({"group": name, "task": task, "metric": metric, **figures})
     return found
 
 

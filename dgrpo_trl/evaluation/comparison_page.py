@@ -55,9 +55,8 @@ def write_comparison(
 def to_markdown(comparison: Mapping, title: str, command: str = "") -> str:
     """The summary, the notes and all tables as Markdown."""
     parts = [f"# {title}"]
-    if comparison.get("scores"):
-        parts += [_summary(comparison), _READING]
-        parts += ["\n".join(f"- {note}" for note in comparison["notes"])] if comparison["notes"] else []
+    parts += [_summary(comparison), _READING] if comparison.get("scores") else []
+    parts += ["\n".join(f"- {note}" for note in comparison["notes"])] if comparison.get("notes") else []
     for _, caption, header, rows in _tables(comparison):
         parts.append(f"## {caption}\n\n{markdown_table(header, rows)}")
     parts += [f"```bash\n{command}\n```"] if command else []
@@ -73,8 +72,9 @@ def to_html(comparison: Mapping, title: str, command: str = "") -> str:
     if comparison.get("scores"):
         order = list(comparison["groups"])
         body += [f"<p>{_inline(_summary(comparison))}</p>", f'<p class="muted">{html.escape(_READING)}</p>']
-        if comparison["notes"]:
-            body.append(f"<ul>{''.join(f'<li>{_inline(note)}</li>' for note in comparison['notes'])}</ul>")
+    if comparison.get("notes"):
+        body.append(f"<ul>{''.join(f'<li>{_inline(note)}</li>' for note in comparison['notes'])}</ul>")
+    if comparison.get("scores"):
         body += ["<h2>Scores</h2>", tables["scores-by-length"], tables["scores-by-task"]]
         if "each-run" in tables:
             body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
@@ -197,7 +197,14 @@ def _tables(comparison: Mapping) -> list[tuple[str, str, list, list]]:
             [f"{task}: {metric.replace(',', ', ')}", *(row.get(name, "–") for name in names)]
             for (task, metric), row in rows.items()
         ]
-        tables.append(("harness", "Task and metric, with t intervals over seeds", ["", *names], body))
+        tables.append(
+            (
+                "harness",
+                "Task and metric; intervals over seeds, or from the standard error of one run",
+                ["", *names],
+                body,
+            )
+        )
     for metric, found in (comparison.get("training") or {}).items():
         if "reached" in found:
             tables.append((_training_id(metric), f"{_METRICS[metric]}: by step", *_training_table(found)))
@@ -312,12 +319,11 @@ def _settings(item: tuple[str, Sequence[Mapping]]) -> str:
     name, runs = item
     shown = []
     for run in runs:
-        rows = [
-            [key, str(value)] for key, value in run.items() if not isinstance(value, Mapping) and value is not None
-        ]
+        rows = [[key, run[key]] for key in ("path", "model", "revision", "fingerprint") if run.get(key)]
         for key in ("settings", "versions"):
             rows += [[f"{key}, {name}", _plain(value)] for name, value in run.get(key, {}).items()]
-        shown.append(html_table(["name", "value"], rows, caption=run["name"]))
+        shown.append(f"<h3>{html.escape(run['name'])}</h3><p><code>{html.escape(run['command'])}</code></p>")
+        shown.append(html_table(["name", "value"], rows))
     return f"<details><summary>{html.escape(name)} ({_count(len(runs), 'run')})</summary>{''.join(shown)}</details>"
 
 
