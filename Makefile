@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== Setting up .venv with the versions of constraints.txt (about two minutes, 2 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[cluster,deepspeed,demo,dev,longblocks,wandb]'
+		--editable '.[cluster,deepspeed,demo,dev,eval,longblocks,wandb]'
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, report

@@ -42,20 +42,20 @@ NEEDLE_TASKS = [task for task in RULER_TASKS if task.startswith("niah")]
 LENGTH = 1024
 
 
-def build_words_tokenizer() -> PreTrainedTokenizerFast:
+def build_words_tokenizer(more_words: list[str] = ()) -> PreTrainedTokenizerFast:
     """Another vocabulary: about a token a word, where conftest's has about one for two characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     trainer = trainers.BpeTrainer(
-        vocab_size=3000,
+        vocab_size=3000 + 2 * len(more_words),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     text = [PROSE, NOISE_LINE, "user assistant", " ".join(f"{number}." for number in range(1000))]
     text += [f"{noun} {noun}{noun}" for noun in tasks._NOUNS]
     text += [make_samples(task, 4096, 1, build_tokenizer())[0].messages[0]["content"] for task in ("vt", "fwe")]
-    tokenizer.train_from_iterator(text * 3, trainer)
+    tokenizer.train_from_iterator([*text, *(f" {word}" for word in more_words)] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
 
 

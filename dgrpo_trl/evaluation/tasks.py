@@ -79,7 +79,9 @@ _NOUNS = (
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _UNIT = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
 # White space after what looks like the end of a sentence and not of an abbreviation, or what follows such a mark
-_SENTENCE_END = re.compile(r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+(?![a-z])|(?<=[。！？])(?![」』”’）])\s*")
+_SENTENCE_END = re.compile(
+    r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+(?![a-z])|(?<=[。！？])(?![」』”’）])\s*"
+)
 
 
 @dataclass(frozen=True)
