@@ -24,7 +24,7 @@ import yaml
 
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, split_blocks
 from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks
-from dgrpo_trl.longblocks.client import Completion
+from dgrpo_trl.longblocks.client import Completion, ServerConfig
 from dgrpo_trl.longblocks.questions import LLMEngine, LLMEngineConfig
 from dgrpo_trl.longblocks.records import Document
 
@@ -106,6 +106,7 @@ class Recorder:
 
     def __init__(self):
         self.requests: list[list[dict]] = []
+        self.config = ServerConfig(base_url="http://unused", model="m")
 
     async def complete(self, messages: list[dict], *, max_tokens: int, **options) -> Completion:
         self.requests.append(messages)

@@ -70,7 +70,7 @@ def main() -> None:
             builder.check()
             return
         summary = builder.run(args.stages, args.restart_from, args.retry_failed, args.push)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped. Start again with the same command to go on.")

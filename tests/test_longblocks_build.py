@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ from chat_server import FAULTS, ChatServer
 
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
 from dgrpo_trl.longblocks.build import ordered_map
+from dgrpo_trl.longblocks.store import KEPT_SCHEMA, Store
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_longblocks.py"
@@ -167,6 +170,52 @@ def test_a_changed_configuration_is_refused_unless_told(tmp_path):
     assert summary["stages"]["questions"]["kept"] + sum(summary["stages"]["questions"]["dropped"].values()) == 4
 
 
+@pytest.mark.parametrize("option", [{"restart_from": "questions"}, {"retry_failed": True}])
+def test_killed_while_parts_are_removed_nothing_stays_that_was_made_of_them(option, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    works, remove = threading.Event(), Store.remove
+
+    def reply(request, times):
+        return write_reply(request, times) if works.is_set() else FAULTS["server_error"]
+
+    with ChatServer(reply) as server:
+        sections = llm_sections(server.url)
+        sections["servers"]["writer"]["max_retries"] = 0
+        config = write_config(tmp_path, write_documents(tmp_path, 3), **sections)
+        build(config, tmp_path / "out", STAGES[:7])
+        works.set()
+        kept = []
+        for max_removals in (1, 6, 10):
+            folder, num_removals = tmp_path / str(max_removals), 0
+            shutil.copytree(tmp_path / "out", folder)
+
+            def remove_or_die(self, stage, part=None, limit=max_removals):
+                nonlocal num_removals
+                remove(self, stage, part)
+                num_removals += 1
+                if num_removals == limit:
+                    raise Killed
+
+            monkeypatch.setattr(Store, "remove", remove_or_die)
+            with suppress(Killed):
+                build(config, folder, STAGES[:7], **option)
+            monkeypatch.setattr(Store, "remove", remove)
+            stages = build(config, folder, STAGES[:7])["stages"]
+            kept.append([stages[stage]["kept"] for stage in STAGES[3:7]])
+    assert [0] * 4 in kept and [6] * 4 in kept and all(len(set(numbers)) == 1 for numbers in kept)
+
+
+def test_a_stage_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.write("blocks", "a", KEPT_SCHEMA, [], [], 0)
+    (tmp_path / "blocks" / "complete").touch()
+    monkeypatch.setattr("dgrpo_trl.longblocks.store.shutil.rmtree", lambda path, **options: None)  # killed before it
+    store.remove("blocks")
+    assert store.parts("blocks") == [] and not (tmp_path / "blocks").exists()
+
+
 def test_shards_together_give_what_one_process_gives(built, tmp_path):
     folder, _ = built
     config = load_config(folder / "config.yaml")
@@ -220,11 +269,20 @@ with FileLock({str(builder.store.folder / ".lock-0-of-1")!r}):
         ({"mixing": {"shares": {"counting": 0.5}}}, "add up to 0.5"),
         ({"sources": []}, "`sources`"),
         ({"name": "../elsewhere"}, "`name`"),
+        ({"questions": {"engine": "rule", "tasks": {"counting": float("inf")}}}, "counting"),
+        ({"verification": {"min_f1": float("nan")}}, "min_f1"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_named(sections, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_config(write_config(tmp_path, tmp_path / "none", **sections))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    config = write_config(tmp_path, tmp_path / "none")
+    config.write_text(config.read_text() + "cleaning: {min_tokens: 7}\n")
+    with pytest.raises(ValueError, match="the key 'cleaning' stands there twice"):
+        load_config(config)
 
 
 def test_keys_can_be_set_from_the_command_line(tmp_path):
@@ -448,6 +506,14 @@ def test_results_come_in_order_with_so_many_under_way():
 
     assert asyncio.run(run()) == list(range(40))
     assert most == 5
+
+
+def test_the_script_names_a_folder_that_cannot_be_written_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    config = write_config(tmp_path, write_documents(tmp_path, 2))
+    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir", str(tmp_path / "file" / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "Not a directory" in result.stderr
 
 
 def test_the_script_names_a_mistake_in_one_line(tmp_path):

@@ -22,9 +22,9 @@ from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answ
 class Model:
     """A scripted model: a function from a prompt to a reply, or to the error of a request."""
 
-    def __init__(self, reply, name="family/Model-1"):
+    def __init__(self, reply, name="family/Model-1", temperature=None):
         self.reply, self.prompts, self.samples = reply, [], []
-        self.config = SimpleNamespace(model=name)
+        self.config = SimpleNamespace(model=name, temperature=temperature)
 
     async def complete(self, messages, *, max_tokens, schema=None, sample=0):
         self.prompts.append(messages[0]["content"])
@@ -87,6 +87,30 @@ def test_each_bad_reply_has_its_reason(reply, reason):
     rows, drops, _ = ask(reply, questions_per_document=2)
     assert rows == [] and [drop.reason for drop in drops] == [reason] * 2
     assert drops[0].item == f"{DOCUMENT.id}:0" and drops[0].stage == "questions"
+
+
+def test_a_reply_in_a_wrong_form_or_refused_is_drawn_again():
+    for bad in ("no", '{"question": "Who?", "answer": "The', json.dumps({**GOOD, "answer": ""})):
+        replies = iter([bad, RequestFailed("refused_content"), json.dumps(GOOD)])
+        rows, drops, model = ask(lambda prompt, replies=replies: next(replies), questions_per_document=1)
+        assert len(rows) == 1 and not drops and model.samples == [0, 1, 2]
+    rows, drops, model = ask(lambda prompt: "no", questions_per_document=1, max_draws=2)
+    assert not rows and model.samples == [0, 1] and [drop.reason for drop in drops] == ["malformed_reply"]
+    rows, drops, model = ask(RequestFailed("timeout"), questions_per_document=1)
+    assert model.samples == [0] and [drop.reason for drop in drops] == ["timeout"]
+
+
+def test_at_temperature_0_a_reply_is_drawn_once():
+    model = Model("no", temperature=0.0)
+    config = LLMEngineConfig(engine="llm", server="w", questions_per_document=1)
+    rows, drops = asyncio.run(LLMEngine(config, model).rows(DOCUMENT, BLOCKS, LINKS))
+    assert not rows and model.samples == [0] and [drop.reason for drop in drops] == ["malformed_reply"]
+
+
+def test_an_answer_that_breaks_off_is_no_answer():
+    cut = '{"evidence": ["B1", "B2"], "question": "How many ships did the keeper count?", "answer": "10'
+    rows, drops, _ = ask(lambda prompt: cut, questions_per_document=1)
+    assert not rows and [drop.reason for drop in drops] == ["malformed_reply"]
 
 
 def test_a_document_with_too_few_blocks_is_not_asked_about():

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from dgrpo_trl.longblocks.blocks import BlocksConfig, split_blocks
+from dgrpo_trl.longblocks.blocks import BlocksConfig, blocks_at, split_blocks
 from dgrpo_trl.longblocks.questions import not_stated
 from dgrpo_trl.longblocks.records import Document
-from dgrpo_trl.longblocks.rule_engine import TASKS, TEMPLATES, RuleEngine, RuleEngineConfig
+from dgrpo_trl.longblocks.rule_engine import TASKS, TEMPLATES, RuleEngine, RuleEngineConfig, _whole_words
 from dgrpo_trl.longblocks.rules import FACT_TASKS
 
 
@@ -251,6 +251,62 @@ def test_a_word_is_counted_as_it_is_spelt():
     for row in make_rows("counting", "de", text, num_documents=1, rows_per_document=8, lengths=(None,)):
         word = re.search(r"„(\w+)“", row.question)[1]
         assert word in text.lower() and row.answer == str(len(re.findall(rf"\b{word}\b", row.document, re.I)))
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("river River RIVER rivers", {"river": 3, "rivers": 1}),
+        ("couldn't well-known docu-\nment river", {"river": 1}),
+        ("'river' river- -river", {"river": 3}),
+        ("İstanbul docu\u00adment cafe\u0301 river\u200d", {}),
+        ("river_bed river", {"river_bed": 1, "river": 1}),
+    ],
+)
+def test_only_words_that_are_certain_to_be_whole_are_counted(text, counts):
+    assert _whole_words(text) == counts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "İstanbul " * 3,  # in lower case an i with a dot of its own, and then "stanbul"
+        "Congreſs congress congress ",  # a reader takes the first for the same word
+    ],
+)
+def test_a_word_is_not_asked_for_where_its_count_depends_on_the_reader(text):
+    text = "\n\n".join(f"{text} {'aa bb cc dd ' * 60}" for _ in range(3))
+    document = Document(text=text, source="s", source_id="x", language="en")
+    engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"counting": 1}), count_tokens)
+    rows, drops = asyncio.run(engine.rows(document, split_blocks(text), []))
+    assert not rows and {drop.reason for drop in drops} == {"no_fit"}
+
+
+def test_a_word_that_blocks_cut_apart_is_not_counted():
+    text = "harvestlantern" * 400  # no border anywhere: blocks end within it, some of them after "harvest"
+    blocks = blocks_at(text, [(0, 7), (7, 2800), (2800, 2807), (2807, len(text))])
+    assert [block.text for block in blocks].count("harvest") == 2
+    document = Document(text=text, source="s", source_id="x", language="en")
+    engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"counting": 1}), count_tokens)
+    assert asyncio.run(engine.rows(document, blocks, []))[0] == []
+
+
+def test_pieces_that_would_fit_into_each_others_gap_are_not_options():
+    licence = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle."
+    text = "\n\n".join(f"{RARE[n]} {licence} {licence} {licence} {licence}" for n in range(12))
+    document = Document(text=text, source="s", source_id="x", language="en")
+    engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"reconstruction": 1}), count_tokens)
+    rows, drops = asyncio.run(engine.rows(document, split_blocks(text), []))
+    assert not rows and {drop.reason for drop in drops} == {"no_fit"}
+
+
+def test_numbers_that_no_space_parts_from_the_text_are_not_used_again():
+    numbers = "".join(f"川{n}石" for n in range(101, 1000))
+    text = "\n\n".join(f"{n}. {'これは長い文です。' * 60}" for n in range(20)) + "\n\n" + numbers
+    document = Document(text=text, source="s", source_id="x", language="ja")
+    engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"key_chain": 1}), count_tokens)
+    rows, drops = asyncio.run(engine.rows(document, split_blocks(text), []))
+    assert not rows and {drop.reason for drop in drops} == {"no_fit"}
 
 
 def test_a_document_that_holds_a_mark_of_a_gap_is_left_out():

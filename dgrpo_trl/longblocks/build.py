@@ -218,14 +218,15 @@ class Builder:
     def _forget(self, stage: str) -> None:
         if stage not in STAGES:
             raise ValueError(f"`restart_from` is {stage!r}, which is no stage. Give one of {', '.join(STAGES)}.")
-        for later in STAGES[STAGES.index(stage) :]:
+        # The last first: killed in between, no later stage keeps what was made of something that is gone
+        for later in reversed(STAGES[STAGES.index(stage) :]):
             self.store.remove(later)
 
     def _forget_failures(self) -> None:
         """Forgets the parts that lack something because of a server, and whatever was made of them."""
         for index, stage in enumerate(STAGES):
             parts = {part for part in self.store.parts(stage) if self._has_failures(stage, part)}
-            for later in STAGES[index:] if parts else ():
+            for later in reversed(STAGES[index:]) if parts else ():
                 if later in GLOBAL_STAGES:
                     self.store.remove(later)
                 for part in parts:

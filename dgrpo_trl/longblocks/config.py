@@ -135,6 +135,18 @@ class BuildConfig(StrictModel):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {', '.join(map(repr, repeated))} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> BuildConfig:
     """Reads a YAML file.
 
@@ -148,7 +160,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ValueError: If the file cannot be read, or a key is unknown, is missing or has a wrong value; names each.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"The configuration {str(path)!r} cannot be read: {error}. Check the path and the YAML."

@@ -6,12 +6,13 @@ asks for a question, its answer, and the blocks that the answer rests on.
 | reason of a drop | what it says |
 | --- | --- |
 | `too_few_blocks` | the document has fewer blocks than the task needs |
-| `malformed_reply` | the reply holds no JSON object |
+| `malformed_reply` | the reply holds no JSON object, or one that breaks off |
 | `no_question`, `no_answer` | it holds no question, or no answer, of a sensible length |
 | `unknown_evidence` | it names a block that was not shown |
 | `too_few_evidence_blocks` | it names fewer blocks than the task needs |
 
-and the reasons of [`client`].
+and the reasons of [`client`]. A reply with one of these faults, or refused, is drawn again; the last draw's reason
+counts.
 """
 
 import asyncio
@@ -133,6 +134,11 @@ class LLMEngineConfig(StrictModel):
         "otherwise these words would give the unanswerable ones away.",
     )
     max_tokens: int = Field(4096, ge=1, description="Longest reply, in tokens, reasoning included.")
+    max_draws: int = Field(
+        3,
+        ge=1,
+        description="Replies drawn for a question until one has the form of a question; at temperature 0 one only.",
+    )
     seed: int = Field(0, description="Seed of the choice of tasks and blocks.")
 
     @field_validator("tasks")
@@ -195,15 +201,19 @@ class LLMEngine:
             return drop("too_few_blocks", f"{len(blocks)} for {task}")
         chosen = [blocks[index] for index in shown]
         messages = [{"role": "user", "content": _prompt(document, task, chosen)}]
-        try:
-            completion = await self.client.complete(messages, max_tokens=self.config.max_tokens, schema=_SCHEMA)
-        except RequestFailed as error:
-            return drop(error.reason, error.detail)
-        try:
-            reply = parse_object(completion.text)
-        except ValueError:
-            return drop("malformed_reply", completion.text[:300])
-        row = self._read(document, task, chosen, reply, drop)
+        for sample in range(1 if self.client.config.temperature == 0 else self.config.max_draws):
+            try:
+                completion = await self.client.complete(
+                    messages, max_tokens=self.config.max_tokens, schema=_SCHEMA, sample=sample
+                )
+            except RequestFailed as error:
+                row = drop(error.reason, error.detail)
+                if error.reason == "refused_content":
+                    continue
+                break  # the client has tried as often as it helps
+            row = self._read(document, task, chosen, completion.text, drop)
+            if isinstance(row, Row):
+                break
         if isinstance(row, Row) and (task == UNANSWERABLE or rng.random() < self.config.not_stated_share):
             clause = OR_SAY.get(row.language, OR_SAY["en"]).format(not_stated(row.language))
             return replace(row, question=f"{row.question} ({clause})")
@@ -236,8 +246,15 @@ class LLMEngine:
         missing = min(wanted - len(chosen), len(others))
         return sorted(chosen + (rng.sample(others, missing) if missing > 0 else []))
 
-    def _read(self, document: Document, task: str, shown: list[Block], reply: dict[str, Any], drop) -> Row | Drop:
+    def _read(self, document: Document, task: str, shown: list[Block], text: str, drop) -> Row | Drop:
         """The row that a reply describes."""
+        try:
+            # What breaks off could be mended, but not what its answer lost
+            reply = parse_object(text) if text.rfind("}") > text.find("{") else {}
+        except ValueError:
+            reply = {}
+        if not reply:
+            return drop("malformed_reply", text[:300])
         language = document.language or "en"
         question, answer = (_text(reply.get(name)) for name in ("question", "answer"))
         if not 3 <= len(question) <= _MAX_QUESTION_CHARS:

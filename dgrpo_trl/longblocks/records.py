@@ -15,7 +15,7 @@ Kind = Literal["text", "markdown", "code"]
 class StrictModel(BaseModel):
     """Section of a builder's configuration: an unknown key or a value of another type is an error, not a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

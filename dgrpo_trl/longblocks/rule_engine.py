@@ -27,6 +27,7 @@ documents: those of an evaluation set must be others.
 import itertools
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from .blocks import Block, blocks_at
+from .blocks import Block, blocks_at, terms
 from .files import comment_prefix
 from .questions import OR_SAY, not_stated
 from .records import Document, Drop, Evidence, Kind, Row, StrictModel
@@ -51,6 +52,10 @@ _ATTEMPTS = 8
 
 # Where a sentence of any language ends, and not only an abbreviation: what follows is white space, save after `。`
 _SENTENCE_END = re.compile(r"(?:(?<=\w{4}[.!?…؟।])|(?<=\w{4}[.!?…؟।][\"'”’)»]))\s+(?=\S)|[。！？][」』”’）]*")
+# Words of which it is not certain whether they are whole: "couldn't", "well-known", and one that a hyphen parts
+_JOINED = re.compile(r"\w+(?:['’‐‑-](?:[ \t]*\r?\n[ \t]*)?\w+)+")
+# Accents that are characters of their own, soft hyphens and other invisible characters
+_MARKS = ("Mn", "Mc", "Me", "Cf")
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 GAP = "[[GAP {number}]]"
@@ -253,7 +258,8 @@ class RuleEngine:
         if task == "counting":
             return self._counting(rng, language, window, between)
         text = document.text[window[0].start : window[-1].end]
-        facts = self.facts.without(set(re.findall(r"\w+|\d+", text)))
+        # Numbers apart too: no space may stand between them and the words of a text
+        facts = self.facts.without({*re.findall(r"\w+", text), *re.findall(r"\d+", text)})
         if task in ENGLISH_TASKS or (task == "unanswerable" and language == "en" and rng.randrange(2)):
             num_tokens = len(text) / len(document.text) * document.num_tokens
             near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
@@ -324,7 +330,7 @@ class RuleEngine:
         gaps: list[int] = []
         for index in usable:
             is_apart = all(abs(index - other) > 2 for other in gaps)
-            is_other = all(texts[index][:60] != texts[other][:60] for other in gaps)
+            is_other = not any(_are_alike(texts[index], texts[other]) for other in gaps)
             if is_apart and is_other and len(gaps) < num_gaps:
                 gaps.append(index)
         if len(gaps) < self.config.min_gaps:
@@ -346,14 +352,39 @@ class RuleEngine:
         In lower case, not folded: that would ask for "strasse" where the text has "straße".
         """
         texts = [block.text for block in window]
-        counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
+        document = "".join(map("".join, zip(between, texts, strict=True)))
+        counts = _whole_words(document)
         words = sorted(w for w, n in counts.items() if 2 <= n <= 9 and len(w) >= 5 and w.isalpha())
         if not words:
             return None
         word = rng.choice(words)
-        evidence = {i for i, text in enumerate(texts) if word in re.findall(r"\w+", text.lower())}
+        in_blocks = [re.findall(r"\w+", text.lower()).count(word) for text in texts]
+        # A block may end within a word; and capitals may be those of another word too: "ſ", "İ"
+        as_read = len(re.findall(rf"\b{re.escape(word)}\b", document, re.IGNORECASE))
+        if not counts[word] == sum(in_blocks) == as_read:
+            return None
+        evidence = {i for i, number in enumerate(in_blocks) if number}
         question = TEMPLATES[language]["count"].format(word=word)
         return _Draft(texts, between, evidence, question, str(counts[word]))
+
+
+def _whole_words(text: str) -> Counter[str]:
+    """How often the words of a text occur, in lower case; only those that are certain to be whole words."""
+    lower = text.lower()
+    counts = Counter()
+    uncertain = {word for run in _JOINED.findall(lower) for word in re.findall(r"\w+", run)}
+    for match in re.finditer(r"\w+", lower):
+        counts[match[0]] += 1
+        neighbours = lower[max(0, match.start() - 1) : match.start()], lower[match.end() : match.end() + 1]
+        if any(character and unicodedata.category(character) in _MARKS for character in neighbours):
+            uncertain.add(match[0])
+    return Counter({word: number for word, number in counts.items() if word not in uncertain})
+
+
+def _are_alike(text: str, other: str) -> bool:
+    """Whether two pieces could be taken for each other: they begin alike, or share most of their pairs of words."""
+    pairs, other_pairs = (set(itertools.pairwise(terms(piece))) for piece in (text, other))
+    return text[:60] == other[:60] or 2 * len(pairs & other_pairs) > len(pairs | other_pairs)
 
 
 def _without_last_fact(case: Case, answer: str) -> Case:

@@ -165,8 +165,14 @@ class Store:
                 yield from (Drop(**record) for record in batch.to_pylist())
 
     def remove(self, stage: str, part: str | None = None) -> None:
-        """Forgets a part, or all that there is of a stage."""
-        shutil.rmtree(self.folder / stage if part is None else self.path(stage, part), ignore_errors=True)
+        """Forgets a part, or all that there is of a stage: after a crash it is there whole, or not at all."""
+        path = self.folder / stage if part is None else self.path(stage, part)
+        removed = path.with_name(f".removed-{path.name}")
+        shutil.rmtree(removed, ignore_errors=True)  # what a killed run left
+        if path.exists():
+            os.rename(path, removed)
+            _flush(path.parent)
+            shutil.rmtree(removed)
 
 
 def _flush(path: Path) -> None:
