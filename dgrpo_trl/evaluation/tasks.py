@@ -14,9 +14,10 @@
 | `cwe` | a list in which ten words come more often; an example before it | the ten |
 | `fwe` | coded words whose frequency falls with the square of their rank | the three most frequent |
 
-What differs from RULER: its essays, which cannot be made here, are replaced by noise, or by a text of yours; words are
-of lists below and not of the package `wonderwords`; samples start at different places of the text; the examples are
-shorter below 4096 tokens; and below 1024, where there is no room, `cwe` has none and repeats its words half as often.
+What differs from RULER: its essays, which cannot be made here, are replaced by noise, or by a text of yours, in which
+samples start at different places; words are of lists below and not of the package `wonderwords`; the example of `vt`
+has less noise below 2560 tokens; and below 1024, where there is no room, `cwe` has no example and repeats its words
+half as often.
 
 [`question_samples`] takes the questions of held-out LongBlocks rows, and [`shared_ngrams`] looks for pieces of the
 training data in prompts.
@@ -250,7 +251,6 @@ def _needles(
 ) -> _Draft:
     """Needle in a haystack: `num_values` values of each of `num_keys` keys, of which `num_queries` are asked for."""
     haystack = fixed_haystack or haystack
-
     taken: set[str] = set()
 
     def draw(kind: str) -> str:
@@ -329,13 +329,13 @@ def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> _Draft:
 
     def chain(num_letters: int, taken: str) -> tuple[str, list[str], list[tuple[float, str]]]:
         """Value, names, and statements with their depths."""
-        names: dict[str, None] = {}
+        names: list[str] = []
         while len(names) <= _NUM_HOPS:
-            names["".join(rng.choices(string.ascii_uppercase, k=num_letters))] = None
+            name = "".join(rng.choices(string.ascii_uppercase, k=num_letters))
+            names += [name] if name not in names else []
         value = taken
         while value == taken:
             value = str(rng.randrange(10000, 100000))
-        names = list(names)
         statements = [f"VAR {names[0]} = {value}"]
         statements += [f"VAR {name} = VAR {before}" for before, name in itertools.pairwise(names)]
         depths = sorted(rng.random() for _ in statements)
