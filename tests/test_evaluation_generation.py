@@ -52,7 +52,7 @@ def forwards(model):
     return seen, handle
 
 
-WINDOW = {"sliding_window": 16, "max_position_embeddings": 1024}
+WINDOW = {"sliding_window": 40, "max_position_embeddings": 1024}
 KINDS = {
     "full attention": ("Qwen3", {"max_position_embeddings": 1024}),
     "a window in every layer": ("Mistral", WINDOW),
@@ -136,7 +136,7 @@ def test_a_completion_ends_where_the_checkpoint_or_the_tokenizer_says(tokenizer,
     model.generation_config.eos_token_id = [299, new[2]]
     (short,) = generate_completions(model, tokenizer, PROMPTS[:1], 8, 700, None)
     assert tokenizer.decode(new).startswith(short) and len(short) < len(tokenizer.decode(new))
-    assert generation._greedy(model.generation_config, tokenizer).eos_token_id == [299, new[2], 2]
+    assert generation.greedy_config(model.generation_config, tokenizer).eos_token_id == [299, new[2], 2]
 
 
 def test_a_control_token_in_a_document_stays_text(tokenizer):

@@ -112,7 +112,7 @@ def generate_completions(
     completions = [""] * len(prompts)
     was_training, defaults = model.training, model.generation_config
     model.eval()
-    model.generation_config = _greedy(defaults, tokenizer)
+    model.generation_config = greedy_config(defaults, tokenizer)
     groups = _shared_groups(prompt_ids, shared_with, min_shared_tokens) if can_continue(model) else []
     shared = {i for rows, _ in groups for i in rows}
     progress = tqdm(total=len(prompts), desc=description, disable=description is None)
@@ -162,7 +162,8 @@ def can_continue(model: PreTrainedModel) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _greedy(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def greedy_config(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Greedy search without the sampling and the penalties of `defaults`; their end-of-sequence tokens are kept."""
     ends = defaults.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..rewards import normalize_answer
 from ..training_data import load_student_tokenizer
 from .accuracy import is_mentioned, wilson_interval
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
+from .harness import needs_model, prepare_harness, run_harness
 from .metrics import METRICS
 from .tasks import RULER_TASKS, Haystack, Sample, make_samples, question_samples, shared_ngrams
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _ANY_LENGTH = 1 << 40
+_POSITIONS = ("rope_parameters", "max_position_embeddings")
 # A file of these decides what a local model answers
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "trainer_state.json", "complete.json"}
@@ -144,6 +147,11 @@ class EvaluationArguments:
                 raise ValueError(f"`{name}` is {value}. It is a count. Choose 1 or more.")
         self.lengths = sorted(set(self.lengths or ()))
 
+    def vllm_overrides(self) -> dict[str, Any]:
+        """What `model_init_kwargs` says of the positions, as vLLM takes it."""
+        overrides = {name: self.model_init_kwargs[name] for name in _POSITIONS if name in self.model_init_kwargs}
+        return {"hf_overrides": overrides} if overrides else {}
+
 
 def _parsed(name: str, text: str) -> dict:
     try:
@@ -209,10 +217,7 @@ class EvaluationRun:
         self.config = _model_config(args)
         self.cells = [*self._ruler_cells(), *self._question_cells()]
         self._check_positions()
-        if args.harness_tasks:
-            from .harness import check_harness
-
-            check_harness(args)
+        self.harness_manager = prepare_harness(args) if args.harness_tasks else None
         if args.training_data is not None:
             self._check_overlap()
         self.settings = self._settings()
@@ -342,12 +347,13 @@ class EvaluationRun:
         Returns:
             `dict[str, Any]`: what `results.json` holds.
         """
-        generate = None
+        generate, folder = None, self.output_dir / "cells"
         for number, cell in enumerate(self.cells, start=1):
-            path = self.output_dir / "cells" / cell.file_name
+            path = folder / cell.file_name
             if path.exists():
                 continue
-            generate = generate or self._load()
+            if generate is None:
+                generate = self._generator()
             samples = cell.make()
             description = f"{number}/{len(self.cells)} {cell.task} {cell.length}"
             with tqdm(total=len(samples), desc=description, unit="sample") as bar:
@@ -355,36 +361,35 @@ class EvaluationRun:
                 completions = generate(samples, bar.update)
                 seconds = time.monotonic() - start
             _write_json(path, score_cell(cell, samples, completions, seconds))
-        harness = {}
-        if self.args.harness_tasks:
-            from .harness import run_harness
-
-            harness = run_harness(self.args, self.tokenizer, self.output_dir / "cells")
+        generate, harness = None, {}  # vLLM gives its memory back
+        if self.harness_manager is not None:
+            model = self._model if self.args.backend == "transformers" and needs_model(self.args, folder) else None
+            harness = run_harness(self.args, self.harness_manager, self.tokenizer, model, folder, _write_json)
         return self._write_results(harness)
 
-    def _load(self) -> Generate:
+    @cached_property
+    def _model(self) -> transformers.PreTrainedModel:
+        return load_model(self.args)
+
+    def _generator(self) -> Generate:
         """Loads the weights, and gives what makes completions of samples."""
-        args = self.args
+        args, tokenizer = self.args, self.tokenizer
         if args.backend == "vllm":
-            longest = max(cell.length for cell in self.cells)
-            positions = max_positions(self.config)
-            llm = load_vllm(
-                *(args.model_name_or_path, args.model_revision, args.dtype, positions or longest),
-                {"trust_remote_code": args.trust_remote_code, **_vllm_overrides(args), **args.vllm_kwargs},
-            )
+            longest = max_positions(self.config) or max(cell.length for cell in self.cells)
+            kwargs = {"trust_remote_code": args.trust_remote_code, **args.vllm_overrides(), **args.vllm_kwargs}
+            llm = load_vllm(args.model_name_or_path, args.model_revision, args.dtype, longest, kwargs)
 
             def generate(samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[str]:
-                completions = generate_with_vllm(llm, self.tokenizer, **_arguments(samples))
+                completions = generate_with_vllm(llm, tokenizer, **_arguments(samples))
                 on_progress(len(samples))
                 return completions
 
             return generate
-        model = load_model(args)
 
         def generate(samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[str]:
             return generate_completions(
-                model,
-                self.tokenizer,
+                self._model,
+                tokenizer,
                 **_arguments(samples),
                 shared_with=[sample.shared_with for sample in samples],
                 max_batch_tokens=args.max_batch_tokens,
@@ -432,18 +437,10 @@ def load_model(args: EvaluationArguments) -> transformers.PreTrainedModel:
 
 
 def _model_config(args: EvaluationArguments) -> PreTrainedConfig:
-    kwargs = args.model_init_kwargs
-    changes = {name: kwargs[name] for name in ("rope_parameters", "max_position_embeddings") if name in kwargs}
+    changes = {name: args.model_init_kwargs[name] for name in _POSITIONS if name in args.model_init_kwargs}
     return AutoConfig.from_pretrained(
         args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code, **changes
     )
-
-
-def _vllm_overrides(args: EvaluationArguments) -> dict[str, Any]:
-    """What `model_init_kwargs` says of the positions, as vLLM takes it."""
-    names = ("rope_parameters", "max_position_embeddings")
-    overrides = {name: args.model_init_kwargs[name] for name in names if name in args.model_init_kwargs}
-    return {"hf_overrides": overrides} if overrides else {}
 
 
 def _arguments(samples: Sequence[Sample]) -> dict[str, Any]:
