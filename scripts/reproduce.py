@@ -1,0 +1,224 @@
+"""The paper's comparison of methods on a small real model: equal steps, equal rollouts, equal questions.
+
+    python scripts/reproduce.py --size cpu        # or `make reproduce`; `--size gpu` for one GPU of 80 GB
+
+From one cold-started SmolLM2-135M-Instruct: SFT, GRPO, on-policy distillation (OPD), dGRPO, and dGRPO whose teacher is
+the cold start itself, which reads the evidence; then the paper's ablations, the coefficient and the cold start. Every
+number stands in a recipe, `recipes/smollm2-135m/*/reproduce*_<size>.yaml`. Every stage is a command of its own, which
+is skipped when it is complete, so that an interrupted run goes on.
+
+Writes `comparison/` (long questions, curves of training) and `short/` (what the model knew before) to
+`outputs/reproduce-<size>`: each a table, JSON and one page.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from stages import SCRIPTS, Stage, has_bf16_instructions, peak_gib, run_stages
+
+from dgrpo_trl import longblocks
+
+
+RECIPES = SCRIPTS.parent / "recipes"
+SMOLLM2 = RECIPES / "smollm2-135m"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a run is trained: a recipe, where it starts, who teaches it, and what differs from the recipe."""
+
+    label: str
+    recipe: str  # `<folder>/<stem>`, without the size
+    teacher: str | None = None
+    start: str = "cold_start"
+    flags: tuple[str, ...] = ()
+
+
+METHODS = {
+    "sft": Method("SFT", "sft/reproduce"),
+    "grpo": Method("GRPO", "grpo/reproduce"),
+    "opd": Method("OPD", "opd/reproduce", "teacher"),
+    "dgrpo": Method("dGRPO", "dgrpo/reproduce", "teacher"),
+    "dgrpo_evidence": Method("dGRPO, evidence teacher", "dgrpo/reproduce_evidence", "cold_start"),
+}
+ABLATIONS = {
+    "coef_0.1": Method("dGRPO, coefficient 0.1", "dgrpo/reproduce", "teacher", flags=("--distill_coef", "0.1")),
+    "coef_1.0": Method("dGRPO, coefficient 1.0", "dgrpo/reproduce", "teacher", flags=("--distill_coef", "1.0")),
+    "no_cold_start": Method("dGRPO, no cold start", "dgrpo/reproduce", "teacher", start="model"),
+    "grpo_no_cold_start": Method("GRPO, no cold start", "grpo/reproduce", start="model"),
+}
+# What the methods begin from and learn from, for the same tables
+REFERENCES = {"model": "as shipped", "cold_start": "cold start", "teacher": "teacher"}
+EVIDENCE = "cold start, reads the evidence"
+
+
+class Comparison:
+    """The commands of a comparison, in a folder.
+
+    Args:
+        size (`str`):
+            `"cpu"` or `"gpu"`.
+        output_dir (`Path`):
+            Folder of everything.
+        seeds (`int`):
+            Seeds of each method.
+        ablation_seeds (`int`):
+            Seeds of each ablation; 0 leaves them out.
+        bf16 (`bool`):
+            Whether to compute in bfloat16.
+    """
+
+    def __init__(self, size: str, output_dir: Path, seeds: int, ablation_seeds: int, bf16: bool):
+        self.size = size
+        self.output_dir = output_dir
+        self.bf16 = bf16
+        self.runs = {name: (method, seeds) for name, method in METHODS.items()}
+        self.runs |= {name: (method, ablation_seeds) for name, method in ABLATIONS.items() if ablation_seeds > 0}
+
+    def stages(self) -> list[Stage]:
+        return [
+            self._prepare(),
+            self._train("cold_start", Method("cold start", "sft/reproduce_cold_start", start="model"), 0),
+            self._train("teacher", Method("teacher", "sft/reproduce_teacher"), 0),
+            *(self._evaluate(name, data) for name in REFERENCES for data in ("test", "short")),
+            self._evaluate("cold_start", "test", column="teacher_prompt"),
+            *(
+                stage
+                for seed in range(max(num_seeds for _, num_seeds in self.runs.values()))
+                for name, (method, num_seeds) in self.runs.items()
+                if seed < num_seeds
+                for stage in self._method(f"{name}-{seed}", method, seed)
+            ),
+            self._compare("comparison", "test"),
+            self._compare("short", "short"),
+        ]
+
+    def _method(self, run: str, method: Method, seed: int) -> list[Stage]:
+        return [self._train(run, method, seed), self._evaluate(run, "test"), self._evaluate(run, "short")]
+
+    def _prepare(self) -> Stage:
+        out, script = self.output_dir, SCRIPTS / "prepare_reproduction.py"
+        data = [out / "data" / f"{name}.jsonl" for name in ("cold_start", "teacher", "train", "test", "short")]
+        return Stage(
+            name="prepare",
+            purpose="fetch and convert the model, write the questions",
+            command=[sys.executable, str(script), "--size", self.size, "--output_dir", str(out)],
+            inputs=[
+                script,
+                *sorted((RECIPES / "longblocks").glob(f"reproduce_{self.size}_*.yaml")),
+                *sorted(Path(longblocks.__file__).parent.glob("*.py")),
+            ],
+            outputs=[out / "model" / WEIGHTS, out / "model" / "complete.json", *data],
+        )
+
+    def _train(self, run: str, method: Method, seed: int) -> Stage:
+        out, recipe = self.output_dir, SMOLLM2 / f"{method.recipe}_{self.size}.yaml"
+        is_sft = method.recipe.startswith("sft")
+        script = SCRIPTS / ("train_sft.py" if is_sft else "train_dgrpo.py")
+        rows = out / "data" / f"{run if run in ('cold_start', 'teacher') else 'train'}.jsonl"
+        accelerate = "cpu" if self.size == "cpu" else "single_gpu"
+        models = [method.start, *([method.teacher] if method.teacher else [])]
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(RECIPES / "accelerate_configs" / f"{accelerate}.yaml")),
+            *(str(script), "--config", str(recipe), "--output_dir", str(out / run)),
+            *("--model_name_or_path", str(out / method.start), "--dataset_name", str(rows)),
+            *(["--teacher_model_name_or_path", str(out / method.teacher)] if method.teacher else []),
+            *method.flags,
+            *("--seed", str(seed), "--bf16", str(self.bf16).lower()),
+        ]
+        return Stage(
+            name=f"train_{run}",
+            purpose=f"{method.label}, seed {seed}",
+            command=command,
+            inputs=[script, recipe, rows, *(out / model / WEIGHTS for model in models)],
+            outputs=[out / run / WEIGHTS, out / run / "trainer_state.json"],
+        )
+
+    def _results(self, run: str, data: str, column: str = "prompt") -> Path:
+        return self.output_dir / "results" / data / (run if column == "prompt" else f"{run}_{column}")
+
+    def _evaluate(self, run: str, data: str, column: str = "prompt") -> Stage:
+        out, script = self.output_dir, SCRIPTS / "evaluate.py"
+        questions, results = out / "data" / f"{data}.jsonl", self._results(run, data, column)
+        return Stage(
+            name=f"evaluate_{results.name}_{data}",
+            purpose=f"{run}: answers to the {data} questions",
+            command=[
+                *(sys.executable, str(script), "--model_name_or_path", str(out / run)),
+                *("--questions", str(questions), "--prompt_column", column, "--output_dir", str(results)),
+                *("--num_samples", "1000", "--max_new_tokens", "16", "--overwrite", "true"),
+                *("--dtype", "bfloat16" if self.bf16 else "float32"),
+            ],
+            inputs=[script, questions, out / run / WEIGHTS],
+            outputs=[results / "results.json"],
+        )
+
+    def _compare(self, name: str, data: str) -> Stage:
+        out, script = self.output_dir, SCRIPTS / "compare.py"
+        groups = {"cold start": [self._results("cold_start", data)]}  # first: the others are compared with it
+        groups |= {label: [self._results(run, data)] for run, label in REFERENCES.items()}
+        if data == "test":
+            groups[EVIDENCE] = [self._results("cold_start", data, "teacher_prompt")]
+        logs = {}
+        for run, (method, num_seeds) in self.runs.items():
+            members = [f"{run}-{seed}" for seed in range(num_seeds)]
+            groups[method.label] = [self._results(member, data) for member in members]
+            logs[method.label] = [out / member for member in members]
+        flags = [f"--group={label}={_joined(paths)}" for label, paths in groups.items()]
+        inputs = [path / "results.json" for paths in groups.values() for path in paths]
+        if data == "test":
+            flags += [f"--log={label}={_joined(paths)}" for label, paths in logs.items()]
+            flags += ["--reach", "0.25", "0.5"]
+            inputs += [path / "trainer_state.json" for paths in logs.values() for path in paths]
+        title = {"test": "Comparison of methods: long questions", "short": "Comparison of methods: short questions"}
+        return Stage(
+            name=f"compare_{data}",
+            purpose=f"tables and page of the {data} questions",
+            command=[
+                *(sys.executable, str(script), "--title", title[data], "--output_dir", str(out / name)),
+                *flags,
+            ],
+            inputs=[script, *inputs],
+            outputs=[out / name / "comparison.json", out / name / "comparison.html"],
+        )
+
+
+def _joined(paths: list[Path]) -> str:
+    return ",".join(map(str, paths))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=["cpu", "gpu"], default="cpu", help="two cores, or one GPU of 80 GB")
+    parser.add_argument("--output_dir", type=Path, default=None, help="default: outputs/reproduce-SIZE")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
+    parser.add_argument("--ablation_seeds", type=int, default=1, help="seeds of each ablation; 0 leaves them out")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.ablation_seeds < 0:
+        parser.error("`--seeds` must be at least 1 and `--ablation_seeds` at least 0.")
+    if args.size == "gpu" and not torch.cuda.is_available():
+        parser.error("`--size gpu` needs a CUDA device, and there is none. Take `--size cpu`.")
+
+    output_dir = args.output_dir or Path(f"outputs/reproduce-{args.size}")
+    bf16 = args.size == "gpu" or has_bf16_instructions()
+    stages = Comparison(args.size, output_dir, args.seeds, args.ablation_seeds, bf16).stages()
+    print(
+        f"{len(stages)} stages in {output_dir}, {os.cpu_count()} CPUs, {'bfloat16' if bf16 else 'float32'}", flush=True
+    )
+    seconds = run_stages(stages, output_dir)
+    for kind in ("prepare", "train", "evaluate", "compare"):
+        total = sum(value for name, value in seconds.items() if name.startswith(kind))
+        print(f"{kind}: {total / 60:.1f} minutes")
+    print(f"all: {sum(seconds.values()) / 60:.1f} minutes; largest process of this run {peak_gib():.1f} GiB")
+    for name in ("comparison", "short"):
+        print(f"{name}: {(output_dir / name / 'comparison.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()
