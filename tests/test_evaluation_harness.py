@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
+from trl import TrlParser
 
 from dgrpo_trl.evaluation import harness
 from dgrpo_trl.evaluation.runs import EvaluationArguments, EvaluationRun
@@ -157,6 +159,21 @@ def test_what_will_be_fetched_is_logged_and_looked_for(index, arguments, monkeyp
     assert "will fetch openai/gsm8k (for gsm8k)" in caplog.text
     with pytest.raises(ValueError, match="'Idavidrein/gpqa' .* cannot be read: gated.*accepted its terms"):
         harness.prepare_harness(arguments("gpqa_diamond_cot_zeroshot"))
+
+
+def test_the_recipes_name_tasks_and_arguments_that_the_harness_knows(index, monkeypatch):
+    monkeypatch.setattr(harness, "_check_data", lambda leaves: None)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    recipes = Path(__file__).parent.parent / "recipes" / "eval"
+    checked = 0
+    for path in recipes.glob("*.yaml"):
+        (args,) = TrlParser((EvaluationArguments,)).parse_args_and_config(["--config", str(path)])
+        if args.harness_tasks:
+            args.harness_kwargs["confirm_run_unsafe_code"] = True
+            args.harness_task_kwargs.pop("humaneval_instruct", None)
+            harness.prepare_harness(args)
+            checked += 1
+    assert checked == 4
 
 
 def test_a_missing_module_of_a_task_is_named(index, arguments, monkeypatch):

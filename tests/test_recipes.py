@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from dgrpo_trl import DGRPOConfig
+from dgrpo_trl.evaluation.runs import EvaluationArguments
 from dgrpo_trl.longblocks import load_config
 
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml"))
 BUILDS = [path for path in RECIPES if path.parent.name == "longblocks"]
 ACCELERATE = [path for path in RECIPES if path.parent.name == "accelerate_configs"]
-CONFIGS = sorted({*RECIPES} - {*BUILDS, *ACCELERATE})
+EVALUATIONS = [path for path in RECIPES if path.parent.name == "eval"]
+CONFIGS = sorted({*RECIPES} - {*BUILDS, *ACCELERATE, *EVALUATIONS})
 READMES = [ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")]
 
 
@@ -137,6 +139,21 @@ def test_a_build_is_read_by_the_builder(path):
     config = load_config(path)
     assert config.name and config.publish.private and len(config.fingerprint) == 16
     assert load_config(path, ["questions.seed=1"]).fingerprint != config.fingerprint
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
+def test_an_evaluation_is_parsed_by_its_own_parser(path):
+    (args,) = TrlParser((EvaluationArguments,)).parse_args_and_config(["--config", str(path)])
+    assert (args.tasks or args.harness_tasks) and not args.overwrite
+    assert f"scripts/evaluate.py --config {path.relative_to(ROOT)}" in header(path)["Launch"]
+    assert path.name in (path.parent / "README.md").read_text()
+    positions = args.model_init_kwargs.get("max_position_embeddings", 32768)
+    assert max(args.lengths, default=0) <= positions
+    if positions > 32768:
+        rope = args.model_init_kwargs["rope_parameters"]
+        assert rope["factor"] * rope["original_max_position_embeddings"] == positions and rope["rope_theta"] == 1000000
+    unsafe = {**args.harness_kwargs, **args.harness_task_kwargs.get("humaneval_instruct", {})}
+    assert not unsafe.get("confirm_run_unsafe_code")  # that is for the user to say
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
