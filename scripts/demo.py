@@ -17,6 +17,7 @@ import torch
 from stages import SCRIPTS, Stage, has_bf16_instructions, peak_gib, run_stages
 
 from dgrpo_trl import longblocks
+from dgrpo_trl.evaluation import summarize_accuracy
 from dgrpo_trl.evaluation.report import read_log_history, write_report
 
 
@@ -48,15 +49,16 @@ def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
         ]
 
     def evaluate(name: str, checkpoint: Path, inputs: list[Path], column: str = "prompt") -> Stage:
-        output = output_dir / f"accuracy_{name}.json"
-        command = [sys.executable, str(SCRIPTS / "evaluate_accuracy.py"), "--model", str(checkpoint)]
-        command += ["--data", str(data / "test.jsonl"), "--output", str(output), "--prompt_column", column]
+        results = output_dir / f"eval_{name}"
+        command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model_name_or_path", str(checkpoint)]
+        command += ["--questions", str(data / "test.jsonl"), "--prompt_column", column, "--max_new_tokens", "16"]
+        command += ["--dtype", "bfloat16" if bf16 else "float32", "--max_batch_tokens", "8192"]
         return Stage(
             name=f"evaluate_{name}",
             purpose=f"accuracy of {MODELS[name]} on held-out questions",
-            command=[*command, *(["--bf16"] if bf16 else [])],
-            inputs=[SCRIPTS / "evaluate_accuracy.py", data / "test.jsonl", *inputs],
-            outputs=[output],
+            command=[*command, "--output_dir", str(results), "--overwrite", "true"],
+            inputs=[SCRIPTS / "evaluate.py", data / "test.jsonl", *inputs],
+            outputs=[results / "results.json"],
         )
 
     sft_recipe, dgrpo_recipe = RECIPES / "sft" / "demo.yaml", RECIPES / "dgrpo" / "demo.yaml"
@@ -126,7 +128,9 @@ def main() -> None:
             "trained on, and the longest prompts are longer than any of the training."
         ),
         accuracies={
-            label: json.loads((args.output_dir / f"accuracy_{name}.json").read_text(encoding="utf-8"))
+            label: summarize_accuracy(
+                json.loads((args.output_dir / f"eval_{name}" / "results.json").read_text(encoding="utf-8"))
+            )
             for name, label in MODELS.items()
         },
         log_histories={

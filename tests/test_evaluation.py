@@ -8,7 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dgrpo_trl.evaluation import generate_completions, summarize_accuracy, wilson_interval
-from dgrpo_trl.evaluation.accuracy import _batches, is_exact, is_mentioned
+from dgrpo_trl.evaluation.accuracy import is_mentioned
+from dgrpo_trl.evaluation.generation import _batches
+from dgrpo_trl.evaluation.metrics import exact_match
+from dgrpo_trl.evaluation.runs import Cell, score_cell
+from dgrpo_trl.evaluation.tasks import Sample
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +118,24 @@ def test_wilson_interval_rejects_impossible_counts(num_correct, num_rows):
     ],
 )
 def test_exact_and_mentioned_answers(completion, exact, mentioned):
-    assert (is_exact(completion, "412"), is_mentioned(completion, "412")) == (exact, mentioned)
+    assert (exact_match(completion, ["412"]) == 1.0, is_mentioned(completion, "412")) == (exact, mentioned)
+
+
+def cell(task, length, answers, completions):
+    samples = [Sample(f"{task}{length}{answer}", [], "", (answer,), 16, length) for answer in answers]
+    return score_cell(Cell(task, length, "exact_match", list), samples, completions, 0.0)
 
 
 @pytest.fixture
-def scored():
-    rows = [
-        {"answer": str(i), "length_bin": length, "task": task}
-        for i, (length, task) in enumerate([(128, "a"), (128, "b"), (1024, "a"), (1024, "b")], start=10)
-    ]
-    return rows, ["10", "It is 11", "12", "wrong"]
+def results():
+    completions = {("a", 128): "10", ("b", 128): "It is 11", ("a", 1024): "12", ("b", 1024): "wrong"}
+    cells = [cell(*key, [str(i)], [text]) for i, (key, text) in enumerate(completions.items(), start=10)]
+    ruler = score_cell(Cell("vt", 512, "string_match_all", list), [Sample("v", [], "", ("x",), 9, 9)], ["x"], 0.0)
+    return {"name": "run", "cells": [*cells, ruler]}  # which is no question
 
 
-def test_accuracy_is_counted_in_each_group(scored):
-    summary = summarize_accuracy(*scored)
+def test_accuracy_is_counted_in_each_group(results):
+    summary = summarize_accuracy(results)
     assert summary["overall"]["exact"]["accuracy"] == 0.5
     assert summary["overall"]["mentioned"]["accuracy"] == 0.75
     assert summary["by_length"]["128"]["exact"]["accuracy"] == 0.5
@@ -137,19 +145,23 @@ def test_accuracy_is_counted_in_each_group(scored):
     assert sum(group["num_rows"] for group in summary["by_length"].values()) == 4
 
 
-def test_accuracy_needs_a_completion_for_each_row(scored):
-    rows, completions = scored
-    with pytest.raises(ValueError, match="one completion for each row"):
-        summarize_accuracy(rows, completions[:-1])
+def test_accuracy_needs_a_completion_for_each_row():
+    with pytest.raises(ValueError, match="one completion for each sample"):
+        cell("a", 128, ["10", "11"], ["10"])
 
 
-def test_the_report_shows_accuracies_and_only_the_curves_there_are(scored, tmp_path):
+def test_a_run_without_questions_has_no_accuracy():
+    with pytest.raises(ValueError, match="'run' has no questions"):
+        summarize_accuracy({"name": "run", "cells": []})
+
+
+def test_the_report_shows_accuracies_and_only_the_curves_there_are(results, tmp_path):
     report = pytest.importorskip("dgrpo_trl.evaluation.report")
     log = [{"step": i, "loss": 1 / i, "reward": i / 10} for i in range(1, 11)] + [{"step": 10, "train_loss": 0.3}]
     path = report.write_report(
         tmp_path / "out",
         title="A <title>",
-        accuracies={"before | after": summarize_accuracy(*scored)},
+        accuracies={"before | after": summarize_accuracy(results)},
         log_histories={"dGRPO": log, "Nothing logged": []},
         settings={"seed": 0},
     )

@@ -1,14 +1,11 @@
-"""Accuracy of greedy answers, in all and by prompt length, with intervals."""
+"""Accuracy of the answers to questions, in all, by length and by task, with intervals."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..rewards import exact_match_reward, normalize_answer
+from ..rewards import normalize_answer
 
 
 def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tuple[float, float]:
@@ -38,120 +35,47 @@ def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tup
     return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
 
 
-@torch.no_grad()
-def generate_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict]],
-    max_new_tokens: int = 16,
-    max_batch_tokens: int = 8192,
-    description: str = "generate",
-) -> list[str]:
-    """Greedy completions of conversational prompts, in the order given.
-
-    Prompts of similar length share a batch, padded on the left, so that little is computed for padding.
-
-    Args:
-        model (`PreTrainedModel`):
-            Model to evaluate, on its device.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template and a padding token.
-        prompts (`Sequence[list[dict]]`):
-            Lists of messages.
-        max_new_tokens (`int`, *optional*, defaults to `16`):
-            Longest completion, in tokens.
-        max_batch_tokens (`int`, *optional*, defaults to `8192`):
-            Longest batch, in tokens, padding and completions included. A longer prompt forms a batch alone.
-        description (`str`, *optional*, defaults to `"generate"`):
-            Text beside the progress bar.
-
-    Returns:
-        `list[str]`: the completions, without special tokens.
-    """
-    texts = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
-    prompt_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    completions = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(prompts), desc=description) as progress:
-        for batch in _batches([len(ids) for ids in prompt_ids], max_new_tokens, max_batch_tokens):
-            inputs = tokenizer.pad(
-                {"input_ids": [prompt_ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            output_ids = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,  # unset what the checkpoint's sampling defaults say, as greedy search warns of it
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            completion_ids = output_ids[:, inputs["input_ids"].shape[1] :]  # (B, T)
-            for i, text in zip(batch, tokenizer.batch_decode(completion_ids, skip_special_tokens=True), strict=True):
-                completions[i] = text
-            progress.update(len(batch))
-    model.train(was_training)
-    return completions
-
-
-def _batches(lengths: Sequence[int], max_new_tokens: int, max_batch_tokens: int) -> Iterable[list[int]]:
-    """Row numbers in batches of similar length, longest first, so that running out of memory shows at once."""
-    batch = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else lengths[i]
-        if batch and (len(batch) + 1) * (longest + max_new_tokens) > max_batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def is_exact(completion: str, answer: str) -> bool:
-    """Whether the completion has the full [`exact_match_reward`]: the answer and nothing else."""
-    return exact_match_reward([completion], [answer]) == [1.0]
-
-
 def is_mentioned(completion: str, answer: str) -> bool:
     """Whether the answer stands in the completion as a word, whatever else is said; it forgives the form."""
     words = rf"(?<!\w){re.escape(normalize_answer(answer))}(?!\w)"
     return re.search(words, normalize_answer(completion)) is not None
 
 
-def summarize_accuracy(rows: Sequence[dict], completions: Sequence[str]) -> dict:
-    """Accuracy of completions, in all, by `length_bin` and by `task`.
+def summarize_accuracy(results: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the answers to questions, in all, by length and by task.
 
     Args:
-        rows (`Sequence[dict]`):
-            Rows with `answer`, `length_bin` and `task`.
-        completions (`Sequence[str]`):
-            One completion for each row, in the same order.
+        results (`dict[str, Any]`):
+            A run's `results.json`. Its cells with the metric `exact_match` count.
 
     Returns:
         `dict`: `overall`, `by_length` and `by_task` (both from group to the same), each with `num_rows`, and for
         `exact` and `mentioned` the `accuracy` and the 95 % Wilson `interval`.
 
     Raises:
-        ValueError: if there are no rows, or not as many completions.
+        ValueError: if there are no questions.
     """
-    if not rows or len(rows) != len(completions):
-        raise ValueError(f"Needs one completion for each row, got {len(completions)} for {len(rows)} rows.")
-    scored = list(zip(rows, completions, strict=True))
+    cells = [cell for cell in results["cells"] if cell["metric"] == "exact_match"]
+    if not cells:
+        raise ValueError(f"The run {results['name']!r} has no questions. Accuracy is of them. Set `questions`.")
 
-    def grouped(column):
-        groups = {}
-        for row, completion in scored:
-            groups.setdefault(row[column], []).append((row, completion))
+    def grouped(column: str) -> dict[str, dict]:
+        groups: dict = {}
+        for cell in cells:
+            groups.setdefault(cell[column], []).extend(cell["samples"])
         return {str(group): _summarize(groups[group]) for group in sorted(groups)}
 
-    return {"overall": _summarize(scored), "by_length": grouped("length_bin"), "by_task": grouped("task")}
+    overall = _summarize([sample for cell in cells for sample in cell["samples"]])
+    return {"overall": overall, "by_length": grouped("length"), "by_task": grouped("task")}
 
 
-def _summarize(scored: Sequence[tuple[dict, str]]) -> dict:
-    def share(is_correct: Callable[[str, str], bool]) -> dict:
-        num_correct = sum(is_correct(completion, row["answer"]) for row, completion in scored)
-        return {"accuracy": num_correct / len(scored), "interval": wilson_interval(num_correct, len(scored))}
+def _summarize(samples: Sequence[dict]) -> dict:
+    def share(is_correct: Callable[[dict], bool]) -> dict:
+        num_correct = sum(map(is_correct, samples))
+        return {"accuracy": num_correct / len(samples), "interval": wilson_interval(num_correct, len(samples))}
 
-    return {"num_rows": len(scored), "exact": share(is_exact), "mentioned": share(is_mentioned)}
+    def mentions(sample: dict) -> bool:
+        return any(is_mentioned(sample["completion"], answer) for answer in sample["references"])
+
+    exact = share(lambda sample: sample["score"] == 1)
+    return {"num_rows": len(samples), "exact": exact, "mentioned": share(mentions)}

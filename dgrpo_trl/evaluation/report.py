@@ -43,7 +43,7 @@ def write_report(
         title (`str`):
             Heading of the report.
         accuracies (`Mapping[str, dict]`):
-            From the name of a model to what [`summarize_accuracy`] returned for it, in the order to show.
+            From the name of a model to the [`summarize_accuracy`] of its `results.json`, in the order to show.
         log_histories (`Mapping[str, Sequence[dict]]`):
             From the name of a training stage to the `log_history` of its `trainer_state.json`.
         settings (`Mapping[str, object]`, *optional*):

@@ -24,7 +24,6 @@ import dgrpo_trl
 from ..data import load_rows, max_positions
 from ..longblocks.files import sha256_of
 from ..longblocks.load import load_longblocks
-from ..rewards import normalize_answer
 from ..training_data import load_student_tokenizer
 from .accuracy import is_mentioned, wilson_interval
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
@@ -453,6 +452,8 @@ def _arguments(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str], seconds: float) -> dict[str, Any]:
     """A cell of `results.json`: mean score, its 95 % interval, and every sample with its score."""
+    if len(samples) != len(completions):
+        raise ValueError(f"Needs one completion for each sample, got {len(completions)} for {len(samples)} samples.")
     metric = METRICS[cell.metric]
     scores = [metric(text, sample.references) for text, sample in zip(completions, samples, strict=True)]
     result = {
@@ -465,7 +466,7 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
     }
     if cell.metric == "exact_match":
         said = [
-            any(is_mentioned(text, answer) for answer in sample.references if normalize_answer(answer))
+            any(is_mentioned(text, answer) for answer in sample.references)
             for text, sample in zip(completions, samples, strict=True)
         ]
         result["mentioned"] = sum(said) / len(said)
