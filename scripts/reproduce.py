@@ -2,8 +2,8 @@
 
     python scripts/reproduce.py --size cpu        # or `make reproduce`; `--size gpu` for one GPU of 80 GB
 
-From one cold-started SmolLM2-135M-Instruct: SFT, GRPO, on-policy distillation (OPD), dGRPO, and dGRPO whose teacher is
-the cold start itself, which reads the evidence; then the paper's ablations, the coefficient and the cold start. Every
+From one cold-started SmolLM2-135M-Instruct: SFT, GRPO, on-policy distillation (OPD), dGRPO, and dGRPO whose teacher
+reads the evidence alone; then the paper's ablations, the coefficient and the cold start. Every
 number stands in a recipe, `recipes/smollm2-135m/*/reproduce*_<size>.yaml`. Every stage is a command of its own, which
 is skipped when it is complete, so that an interrupted run goes on.
 
@@ -44,17 +44,18 @@ METHODS = {
     "grpo": Method("GRPO", "grpo/reproduce"),
     "opd": Method("OPD", "opd/reproduce", "teacher"),
     "dgrpo": Method("dGRPO", "dgrpo/reproduce", "teacher"),
-    "dgrpo_evidence": Method("dGRPO, evidence teacher", "dgrpo/reproduce_evidence", "cold_start"),
+    "dgrpo_evidence": Method("dGRPO, evidence teacher", "dgrpo/reproduce_evidence", "teacher"),
 }
 ABLATIONS = {
     "coef_0.1": Method("dGRPO, coefficient 0.1", "dgrpo/reproduce", "teacher", flags=("--distill_coef", "0.1")),
     "coef_1.0": Method("dGRPO, coefficient 1.0", "dgrpo/reproduce", "teacher", flags=("--distill_coef", "1.0")),
     "no_cold_start": Method("dGRPO, no cold start", "dgrpo/reproduce", "teacher", start="model"),
-    "grpo_no_cold_start": Method("GRPO, no cold start", "grpo/reproduce", start="model"),
 }
 # What the methods begin from and learn from, for the same tables
 REFERENCES = {"model": "as shipped", "cold_start": "cold start", "teacher": "teacher"}
-EVIDENCE = "cold start, reads the evidence"
+# The short questions ask what the model knows, not in which form it says so
+METRICS = {"test": "exact_match", "short": "mentioned"}
+EVIDENCE = "teacher, reads the evidence"
 
 
 class Comparison:
@@ -86,7 +87,7 @@ class Comparison:
             self._train("cold_start", Method("cold start", "sft/reproduce_cold_start", start="model"), 0),
             self._train("teacher", Method("teacher", "sft/reproduce_teacher"), 0),
             *(self._evaluate(name, data) for name in REFERENCES for data in ("test", "short")),
-            self._evaluate("cold_start", "test", column="teacher_prompt"),
+            self._evaluate("teacher", "test", column="teacher_prompt"),
             *(
                 stage
                 for seed in range(max(num_seeds for _, num_seeds in self.runs.values()))
@@ -152,7 +153,16 @@ class Comparison:
             command=[
                 *(sys.executable, str(script), "--model_name_or_path", str(out / run)),
                 *("--questions", str(questions), "--prompt_column", column, "--output_dir", str(results)),
-                *("--num_samples", "1000", "--max_new_tokens", "16", "--overwrite", "true"),
+                *(
+                    "--questions_metric",
+                    METRICS[data],
+                    "--num_samples",
+                    "1000",
+                    "--max_new_tokens",
+                    "16",
+                    "--overwrite",
+                    "true",
+                ),
                 *("--dtype", "bfloat16" if self.bf16 else "float32"),
             ],
             inputs=[script, questions, out / run / WEIGHTS],
@@ -164,7 +174,7 @@ class Comparison:
         groups = {"cold start": [self._results("cold_start", data)]}  # first: the others are compared with it
         groups |= {label: [self._results(run, data)] for run, label in REFERENCES.items()}
         if data == "test":
-            groups[EVIDENCE] = [self._results("cold_start", data, "teacher_prompt")]
+            groups[EVIDENCE] = [self._results("teacher", data, "teacher_prompt")]
         logs = {}
         for run, (method, num_seeds) in self.runs.items():
             members = [f"{run}-{seed}" for seed in range(num_seeds)]

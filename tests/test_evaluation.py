@@ -8,9 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dgrpo_trl.evaluation import generate_completions, summarize_accuracy, wilson_interval
-from dgrpo_trl.evaluation.accuracy import is_mentioned
 from dgrpo_trl.evaluation.generation import _batches
-from dgrpo_trl.evaluation.metrics import exact_match
+from dgrpo_trl.evaluation.metrics import exact_match, mentioned
 from dgrpo_trl.evaluation.runs import Cell, score_cell
 from dgrpo_trl.evaluation.tasks import Sample
 
@@ -107,7 +106,7 @@ def test_wilson_interval_rejects_impossible_counts(num_correct, num_rows):
 
 
 @pytest.mark.parametrize(
-    ("completion", "exact", "mentioned"),
+    ("completion", "exact", "is_mentioned"),
     [
         ("412", True, True),
         (" 412.\n", True, True),
@@ -117,8 +116,8 @@ def test_wilson_interval_rejects_impossible_counts(num_correct, num_rows):
         ("", False, False),
     ],
 )
-def test_exact_and_mentioned_answers(completion, exact, mentioned):
-    assert (exact_match(completion, ["412"]) == 1.0, is_mentioned(completion, "412")) == (exact, mentioned)
+def test_exact_and_mentioned_answers(completion, exact, is_mentioned):
+    assert (exact_match(completion, ["412"]) == 1.0, mentioned(completion, ["412"]) == 1.0) == (exact, is_mentioned)
 
 
 def cell(task, length, answers, completions):

@@ -1,11 +1,10 @@
 """Accuracy of the answers to questions, in all, by length and by task, with intervals."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..rewards import normalize_answer
+from .metrics import mentioned
 
 
 def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tuple[float, float]:
@@ -33,12 +32,6 @@ def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tup
     half_width = z / (1 + z2) * math.sqrt(share * (1 - share) / num_rows + z2 / (4 * num_rows))
     # At 0 and 1 the share itself is an end, which rounding may miss
     return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
-
-
-def is_mentioned(completion: str, answer: str) -> bool:
-    """Whether the answer stands in the completion as a word, whatever else is said; it forgives the form."""
-    words = rf"(?<!\w){re.escape(normalize_answer(answer))}(?!\w)"
-    return re.search(words, normalize_answer(completion)) is not None
 
 
 def summarize_accuracy(results: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +68,7 @@ def _summarize(samples: Sequence[dict]) -> dict:
         return {"accuracy": num_correct / len(samples), "interval": wilson_interval(num_correct, len(samples))}
 
     def mentions(sample: dict) -> bool:
-        return any(is_mentioned(sample["completion"], answer) for answer in sample["references"])
+        return mentioned(sample["completion"], sample["references"]) == 1
 
     exact = share(lambda sample: sample["score"] == 1)
     return {"num_rows": len(samples), "exact": exact, "mentioned": share(mentions)}

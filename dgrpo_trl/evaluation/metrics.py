@@ -1,11 +1,13 @@
 """Scores of one completion against its references, in [0, 1].
 
-RULER's tasks are scored by [`string_match_all`], questions with one right answer by [`exact_match`].
+RULER's tasks are scored by [`string_match_all`], questions with one right answer by [`exact_match`], or by
+[`mentioned`], which forgives the form.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
-from ..rewards import exact_match_reward
+from ..rewards import exact_match_reward, normalize_answer
 
 
 def string_match_all(completion: str, references: Sequence[str]) -> float:
@@ -66,6 +68,20 @@ def exact_match(completion: str, references: Sequence[str]) -> float:
     return score
 
 
+def mentioned(completion: str, references: Sequence[str]) -> float:
+    """1.0 if any of the references stands in the completion as a word, whatever else is said, else 0.0.
+
+    Args:
+        completion (`str`):
+            Text of the completion.
+        references (`Sequence[str]`):
+            Answers of which any is right.
+    """
+    said = normalize_answer(completion)
+    patterns = (rf"(?<!\w){re.escape(normalize_answer(reference))}(?!\w)" for reference in references)
+    return float(any(re.search(pattern, said) for pattern in patterns))
+
+
 def _found(completion: str, references: Sequence[str]) -> list[bool]:
     if isinstance(references, str) or not references:
         raise ValueError(
@@ -79,4 +95,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "string_match_all": string_match_all,
     "string_match_part": string_match_part,
     "exact_match": exact_match,
+    "mentioned": mentioned,
 }
+QUESTION_METRICS = ("exact_match", "mentioned")

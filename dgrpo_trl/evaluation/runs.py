@@ -25,10 +25,10 @@ from ..data import load_rows, max_positions
 from ..longblocks.files import sha256_of
 from ..longblocks.load import load_longblocks
 from ..training_data import load_student_tokenizer
-from .accuracy import is_mentioned, wilson_interval
+from .accuracy import wilson_interval
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
 from .harness import needs_model, prepare_harness, run_harness
-from .metrics import METRICS
+from .metrics import METRICS, QUESTION_METRICS, mentioned
 from .tasks import RULER_TASKS, Haystack, Sample, make_samples, question_samples, shared_ngrams
 
 
@@ -95,6 +95,13 @@ class EvaluationArguments:
     prompt_column: str = field(
         default="prompt", metadata={"help": "Prompt of the questions; 'teacher_prompt' gives the teacher's accuracy."}
     )
+    questions_metric: str = field(
+        default="exact_match",
+        metadata={
+            "help": "Score of an answer: the reference alone, or 'mentioned', whatever else is said.",
+            "choices": list(QUESTION_METRICS),
+        },
+    )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to a question, in tokens."})
     training_data: str | None = field(
         default=None,
@@ -129,6 +136,11 @@ class EvaluationArguments:
             )
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"`backend` is {self.backend!r}. It generates. Choose 'transformers' or 'vllm'.")
+        if self.questions_metric not in QUESTION_METRICS:
+            raise ValueError(
+                f"`questions_metric` is {self.questions_metric!r}. It scores answers. Choose from "
+                f"{', '.join(QUESTION_METRICS)}."
+            )
         if not (self.tasks or self.questions or self.harness_tasks):
             raise ValueError("There is nothing to ask. Set `tasks`, `questions` or `harness_tasks`.")
         if self.tasks == ["all"]:
@@ -276,7 +288,7 @@ class EvaluationRun:
             for (task, length), samples in made.items():
                 cells[task, length_bin or length] = samples
         for (task, length), samples in sorted(cells.items()):
-            yield Cell(task, length, "exact_match", lambda samples=samples: samples)
+            yield Cell(task, length, args.questions_metric, lambda samples=samples: samples)
 
     # --- Checks
 
@@ -286,7 +298,7 @@ class EvaluationRun:
             return
         longest = 0
         for cell in self.cells:
-            if cell.metric == "exact_match":
+            if cell.metric in QUESTION_METRICS:
                 longest = max(longest, *(sample.num_tokens + sample.max_new_tokens for sample in cell.make()))
             else:
                 longest = max(longest, cell.length)
@@ -464,11 +476,8 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
         "score": math.fsum(scores) / len(scores),
         "interval": list(score_interval(scores)),
     }
-    if cell.metric == "exact_match":
-        said = [
-            any(is_mentioned(text, answer) for answer in sample.references)
-            for text, sample in zip(completions, samples, strict=True)
-        ]
+    if cell.metric in QUESTION_METRICS:
+        said = [mentioned(text, sample.references) for text, sample in zip(completions, samples, strict=True)]
         result["mentioned"] = sum(said) / len(said)
     result["seconds"] = seconds
     result["samples"] = [
