@@ -342,17 +342,22 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         self._check_positions(prompt_ids, "the student")
         if not (self.use_vllm and self.vllm_mode == "server"):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        was_lost = False
         while True:
-            self._wait_for_vllm()
+            self._wait_for_vllm(was_lost)
             try:
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             except ServerLost as error:
+                was_lost = True
                 logger.warning(f"The vLLM server was lost while it generated: {error}")
 
-    def _wait_for_vllm(self) -> None:
-        """Waits for the server, and brings one that has been away to the student's weights. A collective call."""
+    def _wait_for_vllm(self, was_lost: bool) -> None:
+        """Waits for the server, and brings one that has been away to the student's weights. A collective call.
+
+        One that was lost in the middle of a request may be up again before it is looked for, with other weights.
+        """
         client = getattr(self.vllm_generation, "vllm_client", None)  # of the main process alone
-        if wait_for_server(client, self.accelerator, self.args.vllm_server_timeout):
+        if wait_for_server(client, self.accelerator, self.args.vllm_server_timeout) or was_lost:
             if client is not None:
                 client.init_communicator(device=self.accelerator.device)
             self._last_loaded_step = -1  # of TRL: the step whose weights the server has

@@ -179,9 +179,10 @@ class Server:
 
     def start(self, num_requests=10**6):
         self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(self.port), str(num_requests)])
-        for _ in range(100):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             try:
-                requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1)
+                requests.get(f"http://127.0.0.1:{self.port}/health", timeout=10)
                 return
             except requests.RequestException:
                 time.sleep(0.1)
@@ -242,6 +243,24 @@ def test_the_run_waits_for_a_server_that_dies_while_it_generates(served, server,
     assert "was lost while it generated" in caplog.text and "The run waits" in caplog.text
     assert "is back after" in caplog.text
     assert calls.init == 1 and calls.sync == [0, 1, 1, 2]  # the new server gets the student's weights again
+
+
+def test_a_server_that_is_back_before_it_is_looked_for_gets_the_weights_too(served, server, caplog):
+    trainer, calls = served
+    server.start(num_requests=1)
+    generate = trainer.vllm_generation.vllm_client.generate
+
+    def generate_and_restart(*args, **kwargs):
+        answer = generate(*args, **kwargs)
+        if not isinstance(answer["prompt_ids"], list):
+            server.process.wait()
+            server.start()
+        return answer
+
+    trainer.vllm_generation.vllm_client.generate = generate_and_restart
+    trainer.train()
+    assert "was lost while it generated" in caplog.text and "The run waits" not in caplog.text
+    assert calls.init == 1 and calls.sync == [0, 1, 1, 2]
 
 
 def test_the_run_ends_when_the_server_stays_away(served):
