@@ -11,15 +11,21 @@ Options are fields of the config, and:
 | `resume` | go on from the newest checkpoint of this folder |
 | `saves` | save the model as a script does |
 | `measures` | write each rank's memory |
+| `stalls` | step whose checkpoint is written in part, and no further |
+| `hangs` | rank that never reaches the loss; the others wait for it |
+| `timeout` | seconds after which the job ends, with the stack of every rank |
 | `tile_tokens` | tokens that the LM head takes at a time: so few that ranks have different numbers of tiles |
 """
 
 import faulthandler
 import json
+import signal
 import sys
 import threading
 import time
 import zlib
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from conftest import build_tokenizer, length_reward
@@ -57,6 +63,7 @@ def make_rollout(no_end: list[int]):
 
 class Job(DGRPOTrainer):
     spoilt: tuple[int, ...] = ()
+    stalled_step = hanging_rank = None
     num_batches = 0
 
     def _generate_and_score_completions(self, inputs):
@@ -64,7 +71,20 @@ class Job(DGRPOTrainer):
         self.num_batches += 1
         if self.num_batches in self.spoilt and self.accelerator.process_index == self.accelerator.num_processes - 1:
             rollouts["teacher_hidden_states"][-1, 0, 0] = float("nan")
+        if self.accelerator.process_index == self.hanging_rank:
+            wait_for_ever()
         return rollouts
+
+    def _save_optimizer_and_scheduler(self, output_dir):  # after the weights
+        if self.state.global_step == self.stalled_step:
+            Path(output_dir, "stalled").touch()
+            wait_for_ever()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+
+def wait_for_ever() -> NoReturn:
+    while True:
+        time.sleep(1)
 
 
 def watch_memory() -> dict[str, float]:
@@ -84,7 +104,9 @@ def watch_memory() -> dict[str, float]:
 
 
 def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
-    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)  # on every rank
+    # The first rank to time out prints its stack and ends; the launcher ends the others, which print theirs then
+    faulthandler.dump_traceback_later(options.pop("timeout", TIMEOUT_SECONDS), exit=True)
+    faulthandler.register(signal.SIGTERM, chain=True)
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{'The ship. ' * (i % 3)} Number {i}?"}],
@@ -92,7 +114,7 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         }
         for i in range(11, 31)
     ]
-    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures", "tile_tokens")
+    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures", "tile_tokens", "stalls", "hangs")
     own = {name: options.pop(name, None) for name in own}
     if own["tile_tokens"]:
         TILE_TOKENS["cpu"] = own["tile_tokens"]
@@ -127,6 +149,7 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
     )
     built = dict(memory)
     trainer.spoilt = tuple(own["spoil"] or ())
+    trainer.stalled_step, trainer.hanging_rank = own["stalls"], own["hangs"]
     for name, parameter in trainer.model.named_parameters():
         if own["lora"] and parameter.requires_grad and parameter.numel() > 0:  # the same on any number of processes
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

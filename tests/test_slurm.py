@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import build_model
 from test_distributed import ENVIRONMENT, free_port, needs_deepspeed
@@ -98,15 +99,28 @@ def test_a_run_that_fails_is_not_put_back(slurm, tmp_path):
 
 
 REWARDS = """
-import os, time
+import faulthandler, os, signal, time
 calls = []
+was_stopped = os.path.exists("stopped")
+faulthandler.dump_traceback_later(200)  # of each rank, before the test gives up
 def slow(completions, **kwargs):
     calls.append(1)
-    if len(calls) == 2 and not os.path.exists("second"):
-        open("second", "w").close()
-        time.sleep(4)
+    if len(calls) == 2 and not was_stopped:
+        open("second" + os.environ["RANK"], "w").close()
+        while signal.getsignal(signal.SIGTERM).__self__._signal is None:  # until the signal has come to this rank
+            time.sleep(0.05)
+        open("stopped", "w").close()
     return [float(len(c[0]["content"]) % 7) for c in completions]
 """
+
+
+def exit_code(job):
+    """`None` for a job that hangs, which is killed with all that it has started."""
+    try:
+        return job.wait(timeout=240)
+    except subprocess.TimeoutExpired:
+        for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+            process.kill()
 
 
 @pytest.mark.distributed
@@ -130,17 +144,17 @@ def test_a_job_whose_time_is_up_is_put_back_with_a_checkpoint_and_goes_on(slurm,
     log = (tmp_path / "log").open("w")
     job = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "second").exists():
+    while not all((tmp_path / f"second{rank}").exists() for rank in range(2)):
         assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
         time.sleep(0.05)
     os.kill(job.pid, signal.SIGTERM)  # to the shell alone, as `--signal=B:TERM` does
-    assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()[-4000:]
+    assert exit_code(job) == 0, (tmp_path / "log").read_text()[-20_000:]
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert (tmp_path / "out" / "checkpoint-2" / "complete.json").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     (tmp_path / "scontrol").unlink()
-    again = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr[-4000:]
+    again = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log)
+    assert exit_code(again) == 0, (tmp_path / "log").read_text()[-20_000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 4 and (tmp_path / "out" / "model.safetensors").exists()
     assert not (tmp_path / "scontrol").exists()
