@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,12 @@ def test_the_readme_of_a_model_names_all_its_recipes(folder):
         assert str(path.relative_to(folder)) in text, path
 
 
+def test_a_qwen_recipe_leaves_its_model_where_the_readme_says():
+    for path in CONFIGS:
+        if path.parent.parent.name.startswith("qwen3"):
+            assert parse(path)[1].output_dir == f"outputs/{path.relative_to(ROOT / 'recipes').with_suffix('')}"
+
+
 @pytest.mark.parametrize("path", BUILDS, ids=lambda path: path.name)
 def test_a_build_is_read_by_the_builder(path):
     config = load_config(path)
@@ -192,3 +199,47 @@ def test_the_files_that_a_readme_names_exist(readme):
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def commands(readme):
+    """Commands in the code blocks of a README, as lists of words; those with a placeholder are no commands."""
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", readme.read_text(), re.M | re.S):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if "..." not in line and (words := shlex.split(line, comments=True)):
+                yield words
+
+
+TRAINING = [
+    (f"{readme.relative_to(ROOT)}-{i}", words)
+    for readme in READMES
+    for i, words in enumerate(commands(readme))
+    if any("train_" in word and word.endswith(".py") for word in words)
+]
+
+
+@pytest.mark.parametrize(("name", "words"), TRAINING, ids=[name for name, _ in TRAINING])
+def test_a_training_command_of_a_readme_is_read_by_the_script_that_it_names(name, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[0] == "sbatch":  # script and recipe are the words after the job's
+        words = [*words[: words.index("recipes/slurm/train.sbatch") + 2], "--config", words[-1]]
+    place = next(i for i, word in enumerate(words) if re.fullmatch(r"scripts/train_\w+\.py", word))
+    method = Path(words[place]).stem.removeprefix("train_")
+    parser_of(method).parse_args_and_config([*words[place + 1 :], "--use_cpu", "true"])
+    if "--config_file" in words:
+        assert load_config_from_file(words[words.index("--config_file") + 1])
+
+
+def test_vllm_may_serve_from_a_place_of_its_own():
+    recipe = ROOT / "recipes" / "qwen3-1.7b" / "dgrpo" / "32k.yaml"
+    flags = [
+        "--use_vllm",
+        "true",
+        "--vllm_mode",
+        "server",
+        "--vllm_server_host",
+        "n2",
+        "--vllm_server_timeout",
+        "1800",
+    ]
+    _, args, _ = parse(recipe, *flags)  # as the sbatch script sets them
+    assert args.vllm_mode == "server" and args.vllm_server_host == "n2"
