@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench
+.PHONY: help install demo reproduce test lint format bench
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, report
 	@$(BIN)/python scripts/demo.py
+
+reproduce: $(INSTALLED)  ## Compare the methods of the paper on a small model (SIZE=gpu: on one GPU of 80 GB)
+	@$(BIN)/python scripts/reproduce.py --size $(or $(SIZE),cpu)
 
 test: $(INSTALLED)  ## Run the tests (the slow ones: `.venv/bin/python -m pytest -m slow`)
 	@echo "== Running the tests"
