@@ -215,6 +215,15 @@ def test_each_asked_value_is_in_the_text_once_under_its_key(task, haystack, toke
         assert text.startswith(f"{'A' if singular else 'Some'} special magic {kind[:-1] if singular else kind} ")
 
 
+def test_no_distractor_has_a_key_that_is_asked_for(words_tokenizer, monkeypatch):
+    monkeypatch.setattr(tasks, "_ADJECTIVES", ["old", "new"])  # so few that a random one often would
+    monkeypatch.setattr(tasks, "_NOUNS", ["barn", "mill", "pond"])
+    for sample in make_samples("niah_multikey_2", LENGTH, 5, words_tokenizer):
+        needles = NEEDLE.findall(content(sample))
+        (asked,) = [key for _, key, value in needles if value in sample.references]
+        assert [key for _, key, _ in needles].count(asked) == 1
+
+
 def test_values_have_the_form_of_ruler(words_tokenizer):
     for task, value, key in (
         ("niah_single_1", r"[1-9]\d{6}", r"[a-z]+-[a-z]+"),
