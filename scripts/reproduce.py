@@ -8,16 +8,18 @@ number stands in a recipe, `recipes/smollm2-135m/*/reproduce*_<size>.yaml`. Ever
 is skipped when it is complete, so that an interrupted run goes on.
 
 Writes `comparison/` (long questions, curves of training) and `short/` (what the model knew before) to
-`outputs/reproduce-<size>`: each a table, JSON and one page.
+`outputs/reproduce-<size>`: each a table, JSON and one page, and `comparison/curves.png`.
 """
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from stages import SCRIPTS, Stage, has_bf16_instructions, peak_gib, run_stages
 
 from dgrpo_trl import longblocks
@@ -53,6 +55,7 @@ ABLATIONS = {
 }
 # What the methods begin from and learn from, for the same tables
 REFERENCES = {"model": "as shipped", "cold_start": "cold start", "teacher": "teacher"}
+TITLES = ("mean reward of the rollouts", "KL to the teacher, nats per token", "accuracy, held-out long questions")
 # The short questions ask what the model knows, not in which form it says so
 METRICS = {"test": "exact_match", "short": "mentioned"}
 EVIDENCE = "teacher, reads the evidence"
@@ -199,6 +202,36 @@ class Comparison:
         )
 
 
+def plot_curves(comparison: dict, path: Path) -> None:
+    """Reward and divergence by step (band: lowest to highest seed) and accuracy by length (band: 95 % interval)."""
+    figure = Figure(figsize=(13, 4.2))
+    panels = figure.subplots(1, 3)
+    labels = [method.label for method in METHODS.values() if method.label in comparison["groups"]]
+    colors = {label: f"C{i}" for i, label in enumerate(labels)}
+
+    def draw(axes, label: str, points: list[tuple[float, float, float, float]]) -> None:
+        xs, means, lows, highs = zip(*points, strict=True)
+        axes.plot(xs, means, color=colors[label], marker=".", label=label)
+        axes.fill_between(xs, lows, highs, color=colors[label], alpha=0.12, linewidth=0)
+
+    for axes, metric, title in zip(panels, ("reward", "distill/divergence"), TITLES, strict=False):
+        for label, points in comparison["training"].get(metric, {"curves": {}})["curves"].items():
+            if label in colors:
+                draw(axes, label, points)
+        axes.set(xlabel="step", title=title)
+    for label in labels:
+        scores = [
+            (entry["length"], entry["score"], *entry["interval"])
+            for entry in comparison["scores"]
+            if entry["group"] == label and entry["task"] is None and entry["length"] is not None
+        ]
+        draw(panels[2], label, sorted(scores))
+    panels[2].set(xlabel="tokens of document and question", title=TITLES[2], ylim=(0, 1))
+    panels[2].legend(loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def _joined(paths: list[Path]) -> str:
     return ",".join(map(str, paths))
 
@@ -226,6 +259,8 @@ def main() -> None:
         total = sum(value for name, value in seconds.items() if name.startswith(kind))
         print(f"{kind}: {total / 60:.1f} minutes")
     print(f"all: {sum(seconds.values()) / 60:.1f} minutes; largest process of this run {peak_gib():.1f} GiB")
+    comparison = json.loads((output_dir / "comparison" / "comparison.json").read_text(encoding="utf-8"))
+    plot_curves(comparison, output_dir / "comparison" / "curves.png")
     for name in ("comparison", "short"):
         print(f"{name}: {(output_dir / name / 'comparison.html').resolve()}")
 

@@ -1,7 +1,6 @@
 """The comparison of methods: equal conditions, stages that fit each other, and that are skipped when complete."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -158,5 +157,6 @@ def test_the_comparison_runs_from_cold_start_to_page(tokenizer, tmp_path):
     text = json.dumps(comparison)
     for method in reproduce.METHODS.values():
         assert method.label in text
+    reproduce.plot_curves(comparison, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "divergence" in text and (tmp_path / "short" / "comparison.html").stat().st_size > 5000
-    shutil.rmtree(tmp_path / "results")
