@@ -232,9 +232,8 @@ class EvaluationRun:
         if args.training_data is not None:
             self._check_overlap()
         self.settings = self._settings()
-        self.fingerprint = hashlib.sha256(json.dumps(_decisive(self.settings), sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
+        text = json.dumps(_decisive(self.settings), sort_keys=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._claim_output_dir()
 
     # --- Cells
