@@ -182,7 +182,8 @@ class Comparison:
         for run, (method, num_seeds) in self.runs.items():
             members = [f"{run}-{seed}" for seed in range(num_seeds)]
             groups[method.label] = [self._results(member, data) for member in members]
-            logs[method.label] = [out / member for member in members]
+            if not method.recipe.startswith("sft/"):  # it has neither rollouts nor a divergence
+                logs[method.label] = [out / member for member in members]
         flags = [f"--group={label}={_joined(paths)}" for label, paths in groups.items()]
         inputs = [path / "results.json" for paths in groups.values() for path in paths]
         if data == "test":
