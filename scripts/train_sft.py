@@ -9,11 +9,13 @@ a key that no argument matches is an error.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl.console import quiet_known_warnings
 from dgrpo_trl.long_runs import CompleteCheckpoints, keep_run_id, train_to_the_end
+from dgrpo_trl.model_card import add_recipe_and_metrics
 from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
 from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
 
@@ -29,7 +31,12 @@ class SFTScriptArguments(LongBlocksArguments, PreflightArguments):
 
 
 class ResumableSFTTrainer(CompleteCheckpoints, SFTTrainer):
-    """`SFTTrainer`, whose checkpoints are marked when they are whole."""
+    """`SFTTrainer`, whose checkpoints are marked when they are whole, and whose card holds recipe and metrics."""
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            add_recipe_and_metrics(Path(self.args.output_dir) / "README.md", self.args, self.state.log_history)
 
 
 def main(script_args: SFTScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:

@@ -188,6 +188,36 @@ def test_zero3_resumes_in_the_middle_of_an_epoch_and_saves_what_transformers_loa
         torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 
 
+@needs_deepspeed
+def test_the_cold_start_equals_one_process_and_ends_where_a_rank_has_no_row_left(models, tokenizer):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{'The ship. ' * (i % 4)} Number {i}?"}], "answer": f"number {i}"}
+        for i in range(9)
+    ]
+    (models / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logs = []
+    for launcher, rows_a_process in ((ONE_PROCESS, "4"), (accelerate("cpu_zero3.yaml"), "2")):
+        output = models / f"sft_{rows_a_process}"
+        command = [
+            *(*launcher, str(ROOT / "scripts" / "train_sft.py")),
+            *("--config", str(ROOT / "recipes" / "smollm2-135m" / "sft" / "demo.yaml")),
+            *("--model_name_or_path", str(models / "student"), "--dataset_name", str(models / "rows.jsonl")),
+            *("--output_dir", str(output), "--per_device_train_batch_size", rows_a_process, "--max_steps", "-1"),
+            *("--num_train_epochs", "1", "--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5"),
+            *("--max_grad_norm", "0", "--warmup_steps", "0", "--train_sampling_strategy", "random"),
+        ]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        assert result.returncode == 0, result.stderr[-20_000:]
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        logs.append([entry for entry in history if "loss" in entry])
+    assert len(logs[0]) == len(logs[1]) == 3  # in the last step there is one row, for one of the ranks
+    for a, b in list(zip(*logs, strict=True))[:2]:
+        for metric in ("loss", "grad_norm"):
+            assert a[metric] == pytest.approx(b[metric], rel=1e-4), metric
+    assert logs[0][0]["loss"] - logs[0][1]["loss"] > 0.01
+    assert AutoModelForCausalLM.from_pretrained(output).num_parameters() == build_model().num_parameters()
+
+
 def test_a_job_that_hangs_ends_with_the_stack_of_every_rank(models):
     options = {"hangs": 1, "timeout": 45, "per_device_train_batch_size": 4}
     _, result = run(models, "hangs", DDP, expected=1, **options)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, length_reward
+from datasets import Dataset
 from safetensors.torch import load_file
-from test_recipes import ROOT
+from test_recipes import ROOT, script
+from transformers import TrainerCallback
+from trl import SFTConfig
 
 from dgrpo_trl import DGRPOTrainer
 from dgrpo_trl.long_runs import (
@@ -135,6 +138,49 @@ def test_a_signal_ends_a_run_that_then_gives_the_same_weights(make_trainer, save
     resumed = make_trainer(DGRPOTrainer, **options)
     train_to_the_end(resumed)
     assert resumed.state.global_step == 4
+    a, b = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    start = build_model().state_dict()
+    assert any(not torch.equal(a[name], start[name]) for name in a)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+
+
+class StopInStep(TrainerCallback):
+    """Sends a signal after the first micro-batch of an optimiser step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_cold_start_that_is_stopped_goes_on_to_the_same_weights_and_its_card_holds_the_recipe(tokenizer, tmp_path):
+    rows = [{"prompt": f"Number {i}?", "completion": f" {i}" * (i % 3 + 1)} for i in range(16)]
+
+    def make(output, *callbacks):
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+        options |= {"max_steps": 4, "save_strategy": "no", "report_to": "none", "bf16": False, "use_cpu": True}
+        options |= {"resume_from_checkpoint": "auto", "disable_tqdm": True, "logging_steps": 1}
+        return script("train_sft").ResumableSFTTrainer(
+            build_model(),
+            SFTConfig(str(tmp_path / output), **options),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+
+    straight = make("straight")
+    train_to_the_end(straight)
+    straight.create_model_card(model_name="ship")
+    card = (tmp_path / "straight" / "README.md").read_text()
+    assert "gradient_accumulation_steps: 2" in card and "After 4 steps" in card and "| `loss` |" in card
+    stopped = make("stopped", StopInStep(3))
+    with pytest.raises(SystemExit):
+        train_to_the_end(stopped)
+    assert latest_checkpoint(tmp_path / "stopped").endswith("checkpoint-2")
+    train_to_the_end(make("stopped"))
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
     start = build_model().state_dict()
     assert any(not torch.equal(a[name], start[name]) for name in a)
