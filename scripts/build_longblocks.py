@@ -42,7 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see recipes/longblocks")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys to change: seed=1 mixing.max_rows=10"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys to change: seed=1 mixing.max_rows=10",
     )
     parser.add_argument("--output_dir", type=Path, help="folder of the build (default: outputs/longblocks/<name>)")
     parser.add_argument(

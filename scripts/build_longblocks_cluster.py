@@ -39,7 +39,7 @@ def phases() -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see recipes/longblocks")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys to change: seed=1")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="keys to change")
     parser.add_argument("--output_dir", help="folder of the build (default: outputs/longblocks/<name>)")
     parser.add_argument("--tasks", type=int, default=8, help="number of shares")
     parser.add_argument("--workers", type=int, default=-1, help="shares at a time (default: all)")

@@ -508,6 +508,23 @@ def test_results_come_in_order_with_so_many_under_way():
     assert most == 5
 
 
+def test_the_script_takes_every_key_that_is_set(tmp_path):
+    config = write_config(tmp_path, tmp_path / "none")
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--set",
+        "first=1",
+        "--set",
+        "second=1",
+        "third=1",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and all(f"`{key}`" in result.stderr for key in ("first", "second", "third"))
+
+
 def test_the_script_names_a_folder_that_cannot_be_written_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     config = write_config(tmp_path, write_documents(tmp_path, 2))
