@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,8 +26,12 @@ from dgrpo_trl.long_runs import latest_checkpoint
 
 
 ROOT = Path(__file__).parent.parent
+# DeepSpeed compiles an operator at first use. In the home directory, a process killed meanwhile leaves a lock that all
+# later ones wait for, and another checkout compiles it anew for itself
+EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")
 ENVIRONMENT = {
     **os.environ,
+    "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
