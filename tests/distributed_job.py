@@ -13,7 +13,6 @@ Options are fields of the config, and:
 | `measures` | write each rank's memory |
 | `stalls` | step whose checkpoint is written in part, and no further |
 | `hangs` | rank that never reaches the loss; the others wait for it |
-| `timeout` | seconds after which the job ends, with the stack of every rank |
 | `tile_tokens` | tokens that the LM head takes at a time: so few that ranks have different numbers of tiles |
 """
 
@@ -38,7 +37,7 @@ from dgrpo_trl.long_runs import latest_checkpoint
 from dgrpo_trl.losses import TILE_TOKENS
 
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 480  # a job takes two minutes on a loaded machine
 TOKENIZER = build_tokenizer()
 
 
@@ -72,6 +71,7 @@ class Job(DGRPOTrainer):
         if self.num_batches in self.spoilt and self.accelerator.process_index == self.accelerator.num_processes - 1:
             rollouts["teacher_hidden_states"][-1, 0, 0] = float("nan")
         if self.accelerator.process_index == self.hanging_rank:
+            faulthandler.dump_traceback_later(5, exit=True)  # its time is up soon
             wait_for_ever()
         return rollouts
 
@@ -104,8 +104,9 @@ def watch_memory() -> dict[str, float]:
 
 
 def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
-    # The first rank to time out prints its stack and ends; the launcher ends the others, which print theirs then
-    faulthandler.dump_traceback_later(options.pop("timeout", TIMEOUT_SECONDS), exit=True)
+    # The first rank to time out prints its stack and ends. The others print theirs when the launcher ends them, or have
+    # failed before, since the first is gone
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     faulthandler.register(signal.SIGTERM, chain=True)
     rows = [
         {

@@ -224,9 +224,9 @@ def test_the_cold_start_equals_one_process_and_ends_where_a_rank_has_no_row_left
 
 
 def test_a_job_that_hangs_ends_with_the_stack_of_every_rank(models):
-    options = {"hangs": 1, "timeout": 45, "per_device_train_batch_size": 4}
-    _, result = run(models, "hangs", DDP, expected=1, **options)
-    assert len(re.findall(r'distributed_job.py", line \d+ in main', result.stderr)) == 2, result.stderr[-20_000:]
+    _, result = run(models, "hangs", DDP, expected=1, hangs=1, per_device_train_batch_size=4)
+    # The other rank is ended by the launcher, or by the loss of its connection, whichever comes first
+    assert len(re.findall(r'distributed_job.py", line \d+,? in main', result.stderr)) >= 2, result.stderr[-20_000:]
     assert result.stderr.count("in wait_for_ever") == 1
 
 

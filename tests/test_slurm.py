@@ -102,7 +102,7 @@ REWARDS = """
 import faulthandler, os, signal, time
 calls = []
 was_stopped = os.path.exists("stopped")
-faulthandler.dump_traceback_later(200)  # of each rank, before the test gives up
+faulthandler.dump_traceback_later(420)  # of each rank, before the test gives up
 def slow(completions, **kwargs):
     calls.append(1)
     if len(calls) == 2 and not was_stopped:
@@ -117,7 +117,7 @@ def slow(completions, **kwargs):
 def exit_code(job):
     """`None` for a job that hangs, which is killed with all that it has started."""
     try:
-        return job.wait(timeout=240)
+        return job.wait(timeout=480)
     except subprocess.TimeoutExpired:
         for process in [*psutil.Process(job.pid).children(recursive=True), job]:
             process.kill()
@@ -143,7 +143,7 @@ def test_a_job_whose_time_is_up_is_put_back_with_a_checkpoint_and_goes_on(slurm,
     ]
     log = (tmp_path / "log").open("w")
     job = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not all((tmp_path / f"second{rank}").exists() for rank in range(2)):
         assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
         time.sleep(0.05)
