@@ -104,8 +104,8 @@ def watch_memory() -> dict[str, float]:
 
 
 def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
-    # The first rank to time out prints its stack and ends. The others print theirs when the launcher ends them, or have
-    # failed before, since the first is gone
+    # The first rank to time out prints its stack and ends. The others print theirs when the launcher ends them, or
+    # when they fail because the first is gone
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     faulthandler.register(signal.SIGTERM, chain=True)
     rows = [
