@@ -43,7 +43,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data import escape_messages, escape_special_tokens
-from ..longblocks.decontamination import _hash, _ngrams, _strings, _tokens
+from ..longblocks.decontamination import hash_ngram, iter_ngrams, iter_strings, tokenize
 from ..longblocks.load import DropCounts
 from ..rewards import normalize_answer
 
@@ -723,16 +723,18 @@ def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: in
         `list[tuple[str, str]]`: for each such sample its id, and the first of the pieces; empty if nothing is shared.
     """
     samples = list(samples)
-    pieces = {_hash(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
-    texts = (text for row in training_rows for text in _strings(row))
-    found = {hashed for text in texts for ngram in _ngrams(_tokens(text), n) if (hashed := _hash(ngram)) in pieces}
+    pieces = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
+    texts = (text for row in training_rows for text in iter_strings(row))
+    found = {
+        hashed for text in texts for ngram in iter_ngrams(tokenize(text), n) if (hashed := hash_ngram(ngram)) in pieces
+    }
     shared = []
     for sample in samples if found else ():
-        first = next((ngram for ngram in _sample_ngrams(sample, n) if _hash(ngram) in found), None)
+        first = next((ngram for ngram in _sample_ngrams(sample, n) if hash_ngram(ngram) in found), None)
         if first is not None:
             shared.append((sample.id, " ".join(first)))
     return shared
 
 
 def _sample_ngrams(sample: Sample, n: int) -> Iterable[tuple[str, ...]]:
-    return (ngram for message in sample.messages for ngram in _ngrams(_tokens(message["content"]), n))
+    return (ngram for message in sample.messages for ngram in iter_ngrams(tokenize(message["content"]), n))

@@ -76,8 +76,8 @@ class Decontaminator:
         self._index: dict[int, dict[bytes, str]] = defaultdict(dict)
         for evaluation_set in config.against:
             for text in _texts(evaluation_set):
-                for ngram in self._ngrams_of_item(_tokens(text)):
-                    self._index[len(ngram)].setdefault(_hash(ngram), evaluation_set.name)
+                for ngram in self._ngrams_of_item(tokenize(text)):
+                    self._index[len(ngram)].setdefault(hash_ngram(ngram), evaluation_set.name)
 
     def _length(self, tokens: list[str]) -> int:
         """Tokens of an n-gram of such a text."""
@@ -87,7 +87,7 @@ class Decontaminator:
     def _ngrams_of_item(self, tokens: list[str]) -> Iterator[tuple[str, ...]]:
         length = self._length(tokens)
         if len(tokens) >= length:
-            yield from _ngrams(tokens, length)
+            yield from iter_ngrams(tokens, length)
         elif len(tokens) * self.config.ngram_words >= self.config.min_item_words * length:
             yield tuple(tokens)
 
@@ -110,23 +110,26 @@ class Decontaminator:
         """Name of the set of which a piece is in `text`, and the piece; `None` if there is none."""
         if not self._index:
             return None
-        tokens = _tokens(text)
+        tokens = tokenize(text)
         for length, names in self._index.items():
-            for ngram in _ngrams(tokens, length):
-                if name := names.get(_hash(ngram)):
+            for ngram in iter_ngrams(tokens, length):
+                if name := names.get(hash_ngram(ngram)):
                     return name, " ".join(ngram)
         return None
 
 
-def _tokens(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
+    """Words of a text, in scripts without spaces its characters; case and punctuation make no difference."""
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def _ngrams(tokens: list[str], length: int) -> Iterator[tuple[str, ...]]:
+def iter_ngrams(tokens: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `length` tokens; none where there are fewer."""
     return (tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
 
 
-def _hash(ngram: tuple[str, ...]) -> bytes:
+def hash_ngram(ngram: tuple[str, ...]) -> bytes:
+    """Eight bytes that stand for an n-gram."""
     return hashlib.blake2b(" ".join(ngram).encode("utf-8", "replace"), digest_size=8).digest()
 
 
@@ -139,7 +142,7 @@ def _texts(evaluation_set: EvaluationSet) -> Iterator[str]:
                 if column not in row:
                     raise ValueError(f"it has no column {column!r}; its columns are {sorted(row)}")
                 num_found += 1
-                yield from _strings(row[column])
+                yield from iter_strings(row[column])
             if isinstance(row, str):
                 num_found += 1
                 yield row
@@ -168,12 +171,13 @@ def _rows(evaluation_set: EvaluationSet) -> Iterable[dict[str, Any] | str]:
     return map(json.loads, lines) if path.suffix == ".jsonl" else lines
 
 
-def _strings(value: Any) -> Iterator[str]:
+def iter_strings(value: Any) -> Iterator[str]:
+    """All texts in a value, however its lists and mappings are nested."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item)
+            yield from iter_strings(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _strings(item)
+            yield from iter_strings(item)
