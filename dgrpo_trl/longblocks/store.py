@@ -1,11 +1,12 @@
 """The builder's memory on disk: parts that are written whole or not at all, and what the configuration was.
 
-    <output_dir>/work/<stage>/<part>/rows.parquet     what the stage made of the part
-                                     drops.parquet    what it left out, and why
-                                     part.json        how much it read
+    work/<stage>/<part>/rows.parquet     what the stage made of the part
+                        drops.parquet    what it left out, and why
+                        part.json        how much it read
 
-A part is made under another name and renamed, so that one that is there is complete. Killed at any moment, a run finds
-the parts that were finished and makes the others again from the beginning, with the same result.
+All in `output_dir`. A part is made under another name and renamed, so that one that is there is complete. Killed at
+any moment, a run finds the parts that were finished and makes the others again from the beginning, with the same
+result.
 """
 
 import dataclasses
