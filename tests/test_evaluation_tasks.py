@@ -535,7 +535,7 @@ def test_a_piece_of_the_training_data_in_a_prompt_is_found(tokenizer, words_toke
     words = content(samples[1]).split()
     piece = " ".join(words[40:53])
     training = [{"prompt": [{"role": "user", "content": f"Say: {piece.upper()}!"}], "answer": "yes"}, "nothing else"]
-    assert (samples[1].id, " ".join(tasks._tokens(piece))) in shared_ngrams(samples, training)
+    assert (samples[1].id, " ".join(tasks.tokenize(piece))) in shared_ngrams(samples, training)
     assert shared_ngrams(samples, [" ".join(words[40:52])]) == []
     assert shared_ngrams(samples, [" ".join(words[40:52])], n=12) != []
 
