@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from dgrpo_trl.longblocks.files import write_json
+
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -86,9 +88,7 @@ def run_stage(stage: Stage, number: str, markers: Path) -> float:
     missing = [str(path) for path in stage.outputs if not path.exists()]
     if missing:
         raise SystemExit(f"[{number}] {stage.name} left no {', '.join(missing)}")
-    unfinished = marker.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"fingerprint": found, "seconds": seconds}), encoding="utf-8")
-    os.replace(unfinished, marker)
+    write_json(marker, {"fingerprint": found, "seconds": seconds})
     print(f"[{number}] {stage.name}: {seconds:.0f} s; largest process so far {peak_gib():.1f} GiB", flush=True)
     return seconds
 

@@ -120,7 +120,7 @@ class Stopped(Exception):
 def test_a_run_that_was_stopped_goes_on_with_the_next_cell_and_ends_alike(arguments, answers_with, monkeypatch):
     args = arguments(tasks=TASKS, lengths=LENGTHS)
     asked = answers_with(lambda sample: sample.references[0])
-    write, written = runs._write_json, []
+    write, written = runs.write_json, []
 
     def stop_after_two(path, content):
         if path.parent.name == "cells" and len(written) == 2:
@@ -128,12 +128,12 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_cell_and_ends_alike(argume
         write(path, content)
         written.extend([path.name] if path.parent.name == "cells" else [])
 
-    monkeypatch.setattr(runs, "_write_json", stop_after_two)
+    monkeypatch.setattr(runs, "write_json", stop_after_two)
     with pytest.raises(Stopped):
         EvaluationRun(args).run()
     assert sorted(path.name for path in Path(args.output_dir, "cells").iterdir()) == sorted(written)
     assert not Path(args.output_dir, "results.json").exists()
-    monkeypatch.setattr(runs, "_write_json", write)
+    monkeypatch.setattr(runs, "write_json", write)
     before, asked[:] = len(asked), []
     results = EvaluationRun(args).run()
     assert before == 6 and len(asked) == 4  # the third cell was not kept, and is asked again with the fourth

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..longblocks.files import write_text
 from .page import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
 
 
@@ -45,10 +46,10 @@ def write_comparison(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False)
-    (output_dir / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    (output_dir / "comparison.md").write_text(to_markdown(comparison, title, command), encoding="utf-8")
+    write_text(output_dir / "comparison.json", text + "\n")
+    write_text(output_dir / "comparison.md", to_markdown(comparison, title, command))
     path = output_dir / "comparison.html"
-    path.write_text(to_html(comparison, title, command), encoding="utf-8")
+    write_text(path, to_html(comparison, title, command))
     return path
 
 

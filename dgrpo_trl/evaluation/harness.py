@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..longblocks.files import write_json
 from .generation import greedy_config
 
 
@@ -103,7 +104,6 @@ def run_harness(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None,
     folder: Path,
-    write_json: Any,
 ) -> dict[str, dict[str, float]]:
     """Runs the harness tasks that have no file in `folder` yet.
 
@@ -118,8 +118,6 @@ def run_harness(
             The model; without it lm_eval loads its own in vLLM.
         folder (`Path`):
             Keeps a file a task.
-        write_json (`Callable[[Path, Any], None]`):
-            Writes a file whole or not at all.
 
     Returns:
         `dict[str, dict[str, float]]`: from task (of a group: each of its tasks too) to metrics, named

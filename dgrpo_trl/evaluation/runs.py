@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 import dgrpo_trl
 
 from ..data import load_rows, max_positions
-from ..longblocks.files import sha256_of
+from ..longblocks.files import sha256_of, write_json, write_text
 from ..longblocks.load import load_longblocks
 from ..training_data import load_student_tokenizer
 from .accuracy import wilson_interval
@@ -347,7 +347,7 @@ class EvaluationRun:
             for name in ("results.json", "results.md", "heatmap.png"):
                 (self.output_dir / name).unlink(missing_ok=True)
         (self.output_dir / "cells").mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"fingerprint": self.fingerprint, "settings": self.settings})
+        write_json(path, {"fingerprint": self.fingerprint, "settings": self.settings})
 
     # --- The run
 
@@ -370,11 +370,11 @@ class EvaluationRun:
                 start = time.monotonic()
                 completions = generate(samples, bar.update)
                 seconds = time.monotonic() - start
-            _write_json(path, score_cell(cell, samples, completions, seconds))
+            write_json(path, score_cell(cell, samples, completions, seconds))
         generate, harness = None, {}  # vLLM gives its memory back
         if self.harness_manager is not None:
             model = self._model if self.args.backend == "transformers" and needs_model(self.args, folder) else None
-            harness = run_harness(self.args, self.harness_manager, self.tokenizer, model, folder, _write_json)
+            harness = run_harness(self.args, self.harness_manager, self.tokenizer, model, folder)
         return self._write_results(harness)
 
     @cached_property
@@ -428,8 +428,8 @@ class EvaluationRun:
             "cells": [json.loads(path.read_text(encoding="utf-8")) for path in paths],
             "harness": harness,
         }
-        _write_json(self.output_dir / "results.json", results)
-        _write_text(self.output_dir / "results.md", results_table(results))
+        write_json(self.output_dir / "results.json", results)
+        write_text(self.output_dir / "results.md", results_table(results))
         if results["cells"]:
             plot_heatmap(results, self.output_dir / "heatmap.png")
         return results
@@ -588,14 +588,3 @@ def _content_hash(path: Path, suffixes: set[str] | None) -> str | None:
         if file.is_file() and (suffixes is None or file.suffix in suffixes) and file.name not in _NOT_OF_THE_MODEL:
             digest.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

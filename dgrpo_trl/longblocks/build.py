@@ -17,7 +17,6 @@
 import asyncio
 import json
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing
@@ -37,6 +36,7 @@ from .client import ChatClient, RequestCache
 from .config import STAGES, BuildConfig
 from .decontamination import Decontaminator
 from .deduplication import Deduplicator, signature
+from .files import write_text
 from .mixing import Mixer
 from .progress import Progress
 from .publish import published_record, push, save_to_disk, write_parquet
@@ -213,7 +213,7 @@ class Builder:
                     f"give another `--output_dir`, or run with `--restart_from {stage}`, which makes this stage and "
                     "the later ones again and keeps the finished requests."
                 )
-        _write_whole(path, current)
+        write_text(path, json.dumps(current, indent=1))
 
     def _forget(self, stage: str) -> None:
         if stage not in STAGES:
@@ -576,7 +576,7 @@ class Builder:
             "output_dir": str(self.output_dir),
             "stages": stages,
         }
-        _write_whole(self.output_dir / "summary.json", summary)
+        write_text(self.output_dir / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def check(self) -> None:
@@ -590,10 +590,3 @@ class Builder:
             sources.check_source(source)
         self._decontaminator  # noqa: B018
         logger.info(f"{self.config.name}: the configuration and {len(self.config.sources)} sources are in order.")
-
-
-def _write_whole(path: Path, content: Any) -> None:
-    """Writes JSON so that nobody reads half of it, and processes that share a folder do not disturb each other."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    unfinished.replace(path)

@@ -1,6 +1,7 @@
 """Files of all sorts, safely: found in a fixed order, read no further than a limit, decoded without guesses.
 
-Nothing is extracted to disk, and what cannot be used raises [`BadItem`] with a reason for the table in `sources.py`.
+Files are written whole or not at all. Nothing is extracted to disk, and what cannot be used raises [`BadItem`] with a
+reason for the table in `sources.py`.
 """
 
 import bz2
@@ -9,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import logging
 import lzma
 import os
@@ -22,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .records import Kind
 
@@ -331,6 +333,18 @@ def _read_member(name: str, open_member: Callable[[], BinaryIO], max_bytes: int)
             return _read_at_most(file, max_bytes)
     except READ_ERRORS as error:
         raise _unreadable(error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that nobody reads half of it, and processes that share a folder do not disturb each other."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """[`write_text`] of JSON, with all characters as they are."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def sha256_of(path: Path) -> str:
