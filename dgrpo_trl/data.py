@@ -160,6 +160,21 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return max(positions, int(scaled * rope["factor"]))
 
 
+def rope_scaling(config: PreTrainedConfig) -> dict | None:
+    """How positions are scaled beyond the native ones; `None` where they are not."""
+    rope = config.get_text_config().to_dict().get("rope_parameters") or {}
+    if rope.get("rope_type", "default") == "default":
+        return None
+    return {key: value for key, value in sorted(rope.items()) if key != "rope_theta"}
+
+
+def native_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a Qwen3 was trained on: the configuration on the Hub states 40,960, with room for output."""
+    text = config.get_text_config()
+    is_scaled = rope_scaling(config) is not None
+    return 32768 if text.model_type == "qwen3" and text.max_position_embeddings == 40960 and not is_scaled else None
+
+
 def check_prompt_lengths(
     dataset: Dataset,
     column: str,

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from .config import DGRPOConfig
-from .data import max_positions, prompt_token_counter
+from .data import max_positions, native_positions, prompt_token_counter, rope_scaling
 from .losses import TILE_TOKENS
 from .prefix import obstacle
 from .teacher import BASE_TEACHER, check_vocabularies, load_teacher_config
@@ -420,7 +420,7 @@ class _Look:
 
     def _compare_positions(self, teacher: PreTrainedConfig, name: str) -> None:
         """Student and teacher scale their positions alike, or the one reads what the other does not."""
-        ours, theirs = (_rope_scaling(config) for config in (self.config, teacher))
+        ours, theirs = (rope_scaling(config) for config in (self.config, teacher))
         self._adder("Positions")("RoPE", f"the student's {ours or 'unscaled'}, {name}'s {theirs or 'unscaled'}")
         if ours != theirs:
             self.report.problems.append(
@@ -431,7 +431,7 @@ class _Look:
 
     def _check_sampler(self) -> None:
         """vLLM reads the configuration beside the weights, and sees nothing of `model_init_kwargs`."""
-        ours, theirs = (_rope_scaling(config) for config in (self.config, self.stored_config))
+        ours, theirs = (rope_scaling(config) for config in (self.config, self.stored_config))
         if self.args.use_vllm and ours != theirs:
             self.report.problems.append(
                 f"The student's positions are scaled by {ours or 'nothing'}, but its own configuration says "
@@ -450,7 +450,7 @@ class _Look:
             f"least {lengths[0]:,}, median {lengths[len(lengths) // 2]:,}, "
             f"95 % {lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]:,}, most {lengths[-1]:,} ({how})",
         )
-        native = self._native_positions() if reader == "the student" else None
+        native = native_positions(self.config) if reader == "the student" else None
         limit = min(p for p in (positions, native, math.inf) if p is not None)
         self._adder("Positions")(reader, f"{positions or 'unlimited'}{f', native {native:,}' if native else ''}")
         num_over = sum(length + completion > limit for length in lengths)
@@ -464,14 +464,6 @@ class _Look:
                 "`model_init_kwargs` and `teacher_model_init_kwargs`."
             )
         return lengths
-
-    def _native_positions(self) -> int | None:
-        """Positions that a Qwen3 was trained on: the configuration on the Hub states 40,960, with room for output."""
-        text = self.config.get_text_config()
-        is_scaled = _rope_scaling(self.config) is not None
-        return (
-            32768 if text.model_type == "qwen3" and text.max_position_embeddings == 40960 and not is_scaled else None
-        )
 
     # --- Memory
 
@@ -667,7 +659,7 @@ class _Look:
             f"median {sorted(lengths)[len(lengths) // 2]:,}, most {max(lengths):,} ({how})",
         )
         positions = max_positions(self.config.get_text_config())
-        limit = min(p for p in (positions, self._native_positions(), math.inf) if p is not None)
+        limit = min(p for p in (positions, native_positions(self.config), math.inf) if p is not None)
         if (packed is None and longest > limit) or (packed is not None and max(lengths) > limit):
             self.report.problems.append(
                 f"The longest row has {longest:,} tokens, more than the {limit:,} positions of the model. Beyond them "
@@ -741,14 +733,6 @@ def micro_batch_bytes(
     num_tiles = 4 if teacher else 3
     head = 4 * min(scored, tile_tokens) * shape.vocab * num_tiles + 2 * 4 * scored * shape.hidden
     return tokens * (kept + shape.transient(width)) + head
-
-
-def _rope_scaling(config: PreTrainedConfig) -> dict | None:
-    """How positions are scaled beyond the native ones; `None` where they are not."""
-    rope = config.get_text_config().to_dict().get("rope_parameters") or {}
-    if rope.get("rope_type", "default") == "default":
-        return None
-    return {key: value for key, value in sorted(rope.items()) if key != "rope_theta"}
 
 
 def _sample(dataset: Dataset, *columns: str) -> tuple[list, str]:

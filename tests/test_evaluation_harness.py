@@ -52,6 +52,11 @@ def saved_model(tmp_path_factory):
     return path
 
 
+def test_lengths_of_ruler_beyond_the_positions_are_refused(index, arguments):
+    with pytest.raises(ValueError, match="4,096 tokens, more than the 2,048 positions.*YaRN"):
+        EvaluationRun(arguments("niah_single_1", lengths=[1024, 4096]))
+
+
 @pytest.fixture
 def no_modules_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

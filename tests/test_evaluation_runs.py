@@ -266,6 +266,18 @@ def test_yarn_in_the_arguments_counts_as_positions_and_reaches_the_model(argumen
     assert args.vllm_overrides()["hf_overrides"]["max_position_embeddings"] == 16384
 
 
+def test_qwen3_has_the_positions_it_was_trained_on_not_those_it_states(arguments, tmp_path):
+    from conftest import build_model, build_tokenizer
+
+    path = str(tmp_path / "qwen3")
+    build_model(max_position_embeddings=40960).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    values = {"model_name_or_path": path, "tasks": ["niah_single_1"], "num_samples": 1}
+    with pytest.raises(ValueError, match="36,000 tokens, more than the 32,768 positions.*YaRN"):
+        EvaluationRun(arguments(**values, lengths=[36000]))
+    assert EvaluationRun(arguments(**values, lengths=[32768])).cells[0].length == 32768
+
+
 def test_a_tokenizer_without_a_template_is_refused(make_model, tokenizer, tmp_path):
     import copy
 

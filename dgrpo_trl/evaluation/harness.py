@@ -154,6 +154,11 @@ def needs_model(args: "EvaluationArguments", folder: Path) -> bool:
     return any(not (folder / f"harness-{task}.json").exists() for task in args.harness_tasks or ())
 
 
+def makes_prompts_to_length(manager: "TaskManager", tasks: Sequence[str]) -> bool:
+    """Whether one of the tasks is of RULER, whose prompts are as long as `lengths` say."""
+    return any(_is_ruler(leaf["task"]) for task in tasks for leaf in _leaf_configs(manager, task))
+
+
 def _vllm_args(args: "EvaluationArguments") -> dict[str, Any]:
     kwargs = {"pretrained": args.model_name_or_path, "dtype": args.dtype, "revision": args.model_revision}
     if args.chat_template_kwargs:

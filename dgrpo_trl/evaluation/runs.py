@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import dgrpo_trl
 
-from ..data import load_rows, max_positions
+from ..data import load_rows, max_positions, native_positions
 from ..longblocks.files import sha256_of, write_json, write_text
 from ..longblocks.load import load_longblocks
 from ..training_data import load_student_tokenizer
 from .accuracy import wilson_interval
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
-from .harness import needs_model, prepare_harness, run_harness
+from .harness import makes_prompts_to_length, needs_model, prepare_harness, run_harness
 from .metrics import METRICS, QUESTION_METRICS, mentioned
 from .tasks import RULER_TASKS, Haystack, Sample, make_samples, question_samples, shared_ngrams
 
@@ -227,8 +227,8 @@ class EvaluationRun:
         bind_chat_template_kwargs(self.tokenizer, args.chat_template_kwargs)
         self.config = _model_config(args)
         self.cells = [*self._ruler_cells(), *self._question_cells()]
-        self._check_positions()
         self.harness_manager = prepare_harness(args) if args.harness_tasks else None
+        self._check_positions()
         if args.training_data is not None:
             self._check_overlap()
         self.settings = self._settings()
@@ -292,10 +292,13 @@ class EvaluationRun:
     # --- Checks
 
     def _check_positions(self) -> None:
-        positions = max_positions(self.config)
+        limits = (max_positions(self.config), native_positions(self.config))
+        positions = min((limit for limit in limits if limit is not None), default=None)
         if positions is None:
             return
-        longest = 0
+        manager = self.harness_manager
+        is_to_length = manager is not None and makes_prompts_to_length(manager, self.args.harness_tasks)
+        longest = max(self.args.lengths) if is_to_length else 0
         for cell in self.cells:
             if cell.metric in QUESTION_METRICS:
                 longest = max(longest, *(sample.num_tokens + sample.max_new_tokens for sample in cell.make()))
