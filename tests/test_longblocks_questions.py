@@ -13,10 +13,18 @@ from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks, split_blocks
 from dgrpo_trl.longblocks.cleaning import identify
 from dgrpo_trl.longblocks.client import Completion, RequestFailed
 from dgrpo_trl.longblocks.parsing import parse_object, parse_verdict, quote
-from dgrpo_trl.longblocks.questions import MIN_EVIDENCE_BLOCKS, TASKS, LLMEngine, LLMEngineConfig, not_stated
+from dgrpo_trl.longblocks.questions import (
+    MIN_EVIDENCE_BLOCKS,
+    NOT_STATED,
+    OR_SAY,
+    TASKS,
+    LLMEngine,
+    LLMEngineConfig,
+    not_stated,
+)
 from dgrpo_trl.longblocks.records import Document, Evidence, Row
 from dgrpo_trl.longblocks.responses import Responder, ResponsesConfig
-from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answers_agree
+from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answers_agree, other_language
 
 
 class Model:
@@ -43,13 +51,14 @@ TEXT = "\n\n".join(
 DOCUMENT = Document(text=TEXT, source="s", source_id="1", language="en")
 BLOCKS = split_blocks(TEXT, "text", BlocksConfig())
 LINKS = link_blocks(BLOCKS, BlocksConfig())
+GERMAN = "Wie viele Schiffe hat der Wärter des Leuchtturms im Sturm gezählt?"
 GOOD = {"question": "How many ships did the keeper count?", "answer": "104", "evidence": ["B1", "B2"]}
 
 
 def ask(reply, document=DOCUMENT, blocks=BLOCKS, links=LINKS, **config):
     model = Model(reply if callable(reply) or isinstance(reply, Exception) else json.dumps(reply))
     values = {"engine": "llm", "server": "w", "tasks": {"multi_hop": 1}, "not_stated_share": 0, **config}
-    engine = LLMEngine(LLMEngineConfig(**values), model)
+    engine = LLMEngine(LLMEngineConfig(**values), model, identify)
     return *asyncio.run(engine.rows(document, blocks, links)), model
 
 
@@ -79,6 +88,8 @@ def test_a_good_reply_is_a_row_with_its_evidence():
         ({**GOOD, "evidence": ["the first"]}, "unknown_evidence"),
         ({**GOOD, "evidence": ["B1", "B1"]}, "too_few_evidence_blocks"),
         ({**GOOD, "evidence": None}, "too_few_evidence_blocks"),
+        ({**GOOD, "question": GERMAN}, "wrong_language"),
+        ({**GOOD, "answer": "Der Wärter zählte 104 Schiffe, und danach verließ er den Turm."}, "wrong_language"),
         (RequestFailed("truncated", "..."), "truncated"),
         (RequestFailed("context_overflow"), "context_overflow"),
     ],
@@ -89,8 +100,9 @@ def test_each_bad_reply_has_its_reason(reply, reason):
     assert drops[0].item == f"{DOCUMENT.id}:0" and drops[0].stage == "questions"
 
 
-def test_a_reply_in_a_wrong_form_or_refused_is_drawn_again():
-    for bad in ("no", '{"question": "Who?", "answer": "The', json.dumps({**GOOD, "answer": ""})):
+def test_a_reply_in_a_wrong_form_or_language_or_refused_is_drawn_again():
+    in_german = json.dumps({**GOOD, "question": GERMAN})
+    for bad in ("no", '{"question": "Who?", "answer": "The', json.dumps({**GOOD, "answer": ""}), in_german):
         replies = iter([bad, RequestFailed("refused_content"), json.dumps(GOOD)])
         rows, drops, model = ask(lambda prompt, replies=replies: next(replies), questions_per_document=1)
         assert len(rows) == 1 and not drops and model.samples == [0, 1, 2]
@@ -177,10 +189,18 @@ def test_the_language_of_the_document_is_asked_for():
 
 
 def test_an_unanswerable_question_says_what_to_answer():
-    for language in ("en", "de", "hu"):
+    for language in (*NOT_STATED, "sw"):
         document = Document(text=TEXT, source="s", source_id="1", language=language)
-        rows, _, _ = ask(GOOD, document, tasks={"unanswerable": 1}, questions_per_document=1)
+        reply = {**GOOD, "question": "412?"}  # of no language
+        rows, _, _ = ask(reply, document, tasks={"unanswerable": 1}, questions_per_document=1)
         assert rows[0].answer == not_stated(language) and rows[0].answer in rows[0].question and rows[0].evidence == ()
+
+
+def test_what_is_said_of_no_answer_is_in_the_language_of_the_question():
+    assert set(NOT_STATED) == set(OR_SAY)
+    for language in OR_SAY:
+        said = OR_SAY[language].format(not_stated(language))
+        assert not_stated(language) in said and other_language({"clause": said}, language, identify) is None
 
 
 def test_what_to_answer_if_it_is_not_stated_gives_no_question_away():
@@ -388,7 +408,7 @@ def test_answers_agree_by_rule(reference, reply, agree):
 
 def respond(reply, row=None, **teacher):
     model = Model(reply)
-    responder = Responder(ResponsesConfig(teachers=[{"server": "t", **teacher}]), {"t": model})
+    responder = Responder(ResponsesConfig(teachers=[{"server": "t", **teacher}]), {"t": model}, identify)
     return *asyncio.run(responder.respond(row or make_row(), PAGE)), model
 
 
@@ -408,6 +428,19 @@ def test_a_response_that_fails_is_counted_and_the_row_stays_unless_it_is_require
 def test_only_right_responses_stay_where_that_is_wanted():
     row, drops, _ = respond("17", keep_only_correct=True)
     assert row.responses == {} and [drop.reason for drop in drops] == ["wrong_response"]
+
+
+def test_a_response_in_another_language_is_drawn_again_and_then_counted():
+    german = "In einem Jahr kamen 412 Schiffe an dem Leuchtturm von Ashwick vorbei."
+    replies = iter([german, "412 ships"])
+    row, drops, model = respond(lambda prompt: next(replies))
+    assert row.responses == {"family/Model-1": "412 ships"} and not drops and model.samples == [0, 1]
+    row, drops, model = respond(german, max_draws=2)
+    assert not row.responses and [drop.reason for drop in drops] == ["wrong_language"] and model.samples == [0, 1]
+    assert "the response is in de" in drops[0].detail
+    assert respond(german, make_row(language="de"))[0].responses == {"family/Model-1": german}
+    unanswerable = make_row(task="unanswerable", evidence=(), answer=not_stated("en"), language="sw")
+    assert respond("This is not stated in the document.", unanswerable)[2].samples == [0]
 
 
 def test_the_reasoning_is_kept_only_where_it_is_wanted():

@@ -20,7 +20,7 @@ class Teacher:
     """Gives one reply, or the error of a request; the slower, the longer its name."""
 
     def __init__(self, name, reply):
-        self.config, self.reply, self.asked = SimpleNamespace(model=name), reply, []
+        self.config, self.reply, self.asked = SimpleNamespace(model=name, temperature=None), reply, []
 
     async def complete(self, messages, *, max_tokens, schema=None, sample=0):
         self.asked.append((messages, max_tokens, sample))

@@ -426,11 +426,12 @@ class Builder:
             name: await stack.enter_async_context(ChatClient(settings.servers[name], self._cache(name)))
             for name in settings.servers_of(stage)
         }
+        identify_or_none = identify if settings.verification.language else None
         if stage == "questions":
             if settings.questions.engine == "rule":
                 engine = RuleEngine(settings.questions, self._tokenizer.count)
             else:
-                engine = LLMEngine(settings.questions, clients[settings.questions.server])
+                engine = LLMEngine(settings.questions, clients[settings.questions.server], identify_or_none)
 
             async def ask(document: Document, blocks: list[Block], links: list[list[int]]) -> Result:
                 rows, drops = await engine.rows(document, blocks, links)
@@ -448,7 +449,7 @@ class Builder:
                 return ([], [drop]) if drop else ([row_record(row)], [])
 
             return verify, ROW_SCHEMA, list(clients.values())
-        responder = Responder(settings.responses, clients)
+        responder = Responder(settings.responses, clients, identify_or_none)
 
         async def respond(row: Row, text: str) -> Result:
             answered, drops = await responder.respond(row, text)

@@ -112,6 +112,8 @@ class BuildConfig(StrictModel):
     def settings(self, stage: str) -> dict[str, Any]:
         """What decides the output of a stage: not where a server is or how fast it is asked."""
         settings = {name: self.model_dump(mode="json")[name] for name in _SECTIONS[stage]}
+        if stage in ("questions", "responses") and self.servers_of(stage):  # asked again for the right language
+            settings["verification.language"] = self.verification.language
         for name in self.servers_of(stage):
             server = self.servers[name]
             settings[f"servers.{name}"] = {

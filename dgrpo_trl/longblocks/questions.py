@@ -10,6 +10,7 @@ asks for a question, its answer, and the blocks that the answer rests on.
 | `no_question`, `no_answer` | it holds no question, or no answer, of a sensible length |
 | `unknown_evidence` | it names a block that was not shown |
 | `too_few_evidence_blocks` | it names fewer blocks than the task needs |
+| `wrong_language` | its question or its answer is in another language than the document |
 
 and the reasons of [`client`]. A reply with one of these faults, or refused, is drawn again; the last draw's reason
 counts.
@@ -26,11 +27,11 @@ from .blocks import Block
 from .client import ChatClient, RequestFailed
 from .parsing import parse_object, quote
 from .records import Document, Drop, Evidence, Row, StrictModel
+from .verification import UNANSWERABLE, Identify, other_language
 
 
 STAGE = "questions"
 
-UNANSWERABLE = "unanswerable"
 TASKS = ("multi_hop", "grounding", "long_form", "aggregation", "comparison", "code", UNANSWERABLE)
 # Answers rest on at least so many blocks
 MIN_EVIDENCE_BLOCKS = {
@@ -74,6 +75,19 @@ NOT_STATED = {
     "sv": "anges inte i dokumentet",
     "ja": "文書に記載なし",
     "zh": "文档中未说明",
+    "ar": "غير مذكور في المستند",
+    "cs": "v dokumentu není uvedeno",
+    "da": "ikke angivet i dokumentet",
+    "el": "δεν αναφέρεται στο έγγραφο",
+    "fa": "در سند ذکر نشده است",
+    "fi": "ei mainita asiakirjassa",
+    "hi": "दस्तावेज़ में नहीं बताया गया है",
+    "hu": "a dokumentumban nem szerepel",
+    "id": "tidak disebutkan dalam dokumen",
+    "ko": "문서에 나와 있지 않음",
+    "ro": "nu este menționat în document",
+    "tr": "belgede belirtilmemiş",
+    "vi": "không được nêu trong tài liệu",
 }
 _SCHEMA = {
     "type": "object",
@@ -137,7 +151,8 @@ class LLMEngineConfig(StrictModel):
     max_draws: int = Field(
         3,
         ge=1,
-        description="Replies drawn for a question until one has the form of a question; at temperature 0 one only.",
+        description="Replies drawn for a question until one has the form of a question, in the right language; at "
+        "temperature 0 one only.",
     )
     seed: int = Field(0, description="Seed of the choice of tasks and blocks.")
 
@@ -166,11 +181,15 @@ class LLMEngine:
             How many, and of which tasks.
         client ([`ChatClient`]):
             The writer.
+        identify (`Callable`, *optional*):
+            Maps a text to its language, `None` where that cannot be said, and the confidence. Without it, languages
+            are not looked at.
     """
 
-    def __init__(self, config: LLMEngineConfig, client: ChatClient):
+    def __init__(self, config: LLMEngineConfig, client: ChatClient, identify: Identify | None = None):
         self.config = config
         self.client = client
+        self.identify = identify
 
     async def rows(
         self, document: Document, blocks: list[Block], links: list[list[int]]
@@ -271,6 +290,9 @@ class LLMEngine:
             if len(labels) < MIN_EVIDENCE_BLOCKS[task]:
                 return drop("too_few_evidence_blocks", f"{len(labels)} for {task}: {question}")
             evidence = sorted((by_label[label] for label in labels), key=lambda block: block.start)
+        texts = {"question": question} if task == UNANSWERABLE else {"question": question, "answer": answer}
+        if self.identify is not None and (found := other_language(texts, language, self.identify)):
+            return drop("wrong_language", f"{found[0]}, not {language}: {question}")
         return Row(
             document_id=document.id,
             source=document.source,
@@ -297,6 +319,19 @@ OR_SAY = {
     "sv": 'Om dokumentet inte säger det, svara "{}".',
     "ja": "文書に書かれていない場合は「{}」と答えてください。",
     "zh": "如果文档中没有说明，请回答“{}”。",
+    "ar": "إذا لم يذكر المستند ذلك، فأجب «{}».",
+    "cs": "Pokud to v dokumentu není, odpověz „{}“.",
+    "da": 'Hvis dokumentet ikke siger det, så svar "{}".',
+    "el": "Αν το έγγραφο δεν το λέει, απάντησε «{}».",
+    "fa": "اگر سند آن را نگفته است، پاسخ بده «{}».",
+    "fi": 'Jos asiakirja ei kerro sitä, vastaa "{}".',
+    "hi": 'यदि दस्तावेज़ यह नहीं बताता, तो उत्तर दें "{}"।',
+    "hu": "Ha a dokumentumban nem szerepel, a válasz legyen „{}”.",
+    "id": 'Jika dokumen tidak menyebutkannya, jawab "{}".',
+    "ko": '문서에 나와 있지 않으면 "{}"이라고 답하세요.',
+    "ro": "Dacă documentul nu spune acest lucru, răspunde „{}”.",
+    "tr": 'Belgede yoksa "{}" diye yanıtla.',
+    "vi": 'Nếu tài liệu không nêu điều đó, hãy trả lời "{}".',
 }
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from .client import ChatClient, RequestFailed
 from .records import Drop, Row, StrictModel
-from .verification import answers_agree
+from .verification import UNANSWERABLE, Identify, answers_agree, other_language
 
 
 STAGE = "responses"
@@ -19,6 +19,11 @@ class TeacherConfig(StrictModel):
     server: str = Field(description="Its name among `servers`.")
     name: str | None = Field(None, description="Model in the name of the column. Default: the server's `model`.")
     max_tokens: int = Field(8192, ge=1, description="Longest response, in tokens, reasoning included.")
+    max_draws: int = Field(
+        3,
+        ge=1,
+        description="Responses drawn until one is in the language of the question; at temperature 0 one only.",
+    )
     keep_thinking: bool = Field(False, description="Put the reasoning before the answer, between `<think>` tags.")
     keep_only_correct: bool = Field(False, description="Leave responses out that do not agree with the answer.")
     required: bool = Field(False, description="Whether a row without this response leaves.")
@@ -38,17 +43,21 @@ class Responder:
             Who, and how.
         clients (`dict[str, ChatClient]`):
             The teachers, by the names of their servers.
+        identify (`Callable`, *optional*):
+            Maps a text to its language, `None` where that cannot be said, and the confidence. Without it, languages
+            are not looked at.
     """
 
-    def __init__(self, config: ResponsesConfig, clients: dict[str, ChatClient]):
+    def __init__(self, config: ResponsesConfig, clients: dict[str, ChatClient], identify: Identify | None = None):
         self.config = config
         self.clients = clients
+        self.identify = identify
 
     async def respond(self, row: Row, document_text: str) -> tuple[Row | None, list[Drop]]:
         """The row with the responses, or `None` if it lacks one that is required; and what is missing, and why.
 
-        A response that failed has the reason of [`client`]; one that is wrong, where only right ones are wanted, has
-        the reason `wrong_response`.
+        A response that failed has the reason of [`client`]; one in another language than the question, however often
+        it was drawn, `wrong_language`; one that is wrong, where only right ones are wanted, `wrong_response`.
 
         Args:
             row ([`~records.Row`]):
@@ -74,11 +83,19 @@ class Responder:
         return teacher.name or self.clients[teacher.server].config.model
 
     async def _respond(self, teacher: TeacherConfig, row: Row, messages: list[dict[str, str]]) -> str | Drop:
-        name = self._name(teacher)
-        try:
-            reply = await self.clients[teacher.server].complete(messages, max_tokens=teacher.max_tokens)
-        except RequestFailed as error:
-            return Drop(STAGE, row.source, row.id, error.reason, f"{name}: {error.detail}")
+        name, client = self._name(teacher), self.clients[teacher.server]
+        found = None
+        for sample in range(1 if client.config.temperature == 0 else teacher.max_draws):
+            try:
+                reply = await client.complete(messages, max_tokens=teacher.max_tokens, sample=sample)
+            except RequestFailed as error:
+                return Drop(STAGE, row.source, row.id, error.reason, f"{name}: {error.detail}")
+            if self.identify is not None and row.task != UNANSWERABLE:  # whose answer may be an English phrase
+                found = other_language({"response": reply.text}, row.language, self.identify)
+            if found is None:
+                break
+        if found is not None:
+            return Drop(STAGE, row.source, row.id, "wrong_language", f"{name}: {found[0]}: {reply.text[:300]}")
         # What repeats the question is an echo, and may hold the answer with the rest of the prompt
         is_right = answers_agree(row.answer, reply.text) and row.question not in reply.text
         if teacher.keep_only_correct and not is_right:

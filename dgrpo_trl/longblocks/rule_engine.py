@@ -9,7 +9,7 @@ A row's document is a window of a real one, of a chosen length. The task decides
 | `key_chain` | notes that lead from key to key, to a number; other chains beside | all in `TEMPLATES`, code |
 | `reconstruction` | blocks taken out, whose order is asked for | all in `TEMPLATES`, code |
 | `counting` | nothing: how often does a word occur? | those with spaces, code |
-| `unanswerable` | a chain, or facts to look up (English, code), without the last of those needed | those in `OR_SAY` |
+| `unanswerable` | a chain, or facts (English, code), without the last of those needed | all in `TEMPLATES`, code |
 
 The evidence of `reconstruction` is each mark of a gap with the blocks around it; that of `counting` is the blocks that
 hold the word. Code gets its facts as comments above a line, Markdown as paragraphs of their own.
@@ -229,8 +229,6 @@ class RuleEngine:
             return {}
         if "count" not in templates:
             weights.pop("counting", None)
-        if language not in OR_SAY:
-            weights.pop("unanswerable", None)
         return weights
 
     def _window(self, rng: random.Random, document: Document, blocks: list[Block], max_tokens: int) -> list[Block]:
@@ -272,7 +270,7 @@ class RuleEngine:
         if case is None or any(count_word(text, entity) for entity in case.entities):
             return None
         question = case.question
-        if task == "unanswerable" or (language in OR_SAY and rng.random() < self.config.not_stated_share):
+        if task == "unanswerable" or rng.random() < self.config.not_stated_share:
             question = f"{question} {OR_SAY[language].format(not_stated(language))}"
         prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
         lines = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]

@@ -35,7 +35,10 @@ from .records import Check, Drop, Row, StrictModel
 STAGE = "verification"
 
 UNANSWERABLE = "unanswerable"
+# From a text to its language, `None` where that cannot be said, and the confidence
+Identify = Callable[[str], tuple[str | None, float]]
 
+_MIN_OTHER_LANGUAGE_CONFIDENCE = 0.95
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 # A minus sign follows no word: "1987-1990" and "covid-19" hold none
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d.,]*")
@@ -113,7 +116,9 @@ class VerificationConfig(StrictModel):
     answerer: str | None = Field(None, description="Name of the model among `servers` that answers in the checks.")
     judge: str | None = Field(None, description="Name of the model among `servers` that judges; of another family.")
     answer_not_in_question: bool = Field(True, description="Whether to make this check.")
-    language: bool = Field(True, description="Whether to make this check.")
+    language: bool = Field(
+        True, description="Whether to make this check; and whether a writer and the teachers are asked again for it."
+    )
     grounded: bool = Field(False, description="Whether to make this check; needs `answerer`.")
     not_closed_book: bool = Field(False, description="Whether to make this check; needs `answerer`.")
     needs_hops: bool = Field(False, description="Whether to make this check; needs `answerer`.")
@@ -166,7 +171,7 @@ class Verifier:
         config: VerificationConfig,
         answerer: ChatClient | None,
         judge: ChatClient | None,
-        identify: Callable[[str], tuple[str | None, float]],
+        identify: Identify,
     ):
         self.config = config
         self.answerer, self.judge, self.identify = answerer, judge, identify
@@ -235,14 +240,13 @@ class Verifier:
         return Check("answer_not_in_question", not is_copied, float(not is_copied), reason), "answer_in_question"
 
     async def _language(self, row: Row, text: str, evidence: list[str]) -> tuple[Check, str]:
-        candidates = {"question": row.question, "answer": row.answer}
+        texts = {"question": row.question, "answer": row.answer}
         if row.task == UNANSWERABLE:
-            del candidates["answer"]  # a set phrase, which is English where there is none in the language
-        for name, candidate in candidates.items():
-            found, confidence = self.identify(candidate)
-            # A short text may look like a sister language: only what is certain counts
-            if found not in (None, row.language) and confidence > 0.95:
-                return Check("language", False, 1 - confidence, f"the {name} is in {found}"), "wrong_language"
+            del texts["answer"]  # a set phrase, which is English where there is none in the language
+        found = other_language(texts, row.language, self.identify)
+        if found is not None:
+            reason, confidence = found
+            return Check("language", False, 1 - confidence, reason), "wrong_language"
         return Check("language", True, 1.0, f"nothing is in another language than {row.language}"), ""
 
     # --- Checks with a model
@@ -342,6 +346,28 @@ async def _gather(draws: Iterable[Awaitable[Any]]) -> list[Any]:
     if errors:
         raise min(errors, key=lambda error: isinstance(error, RequestFailed))  # what ends the run goes before
     return results
+
+
+def other_language(texts: dict[str, str], language: str, identify: Identify) -> tuple[str, float] | None:
+    """Which of some texts is in another language than it should be, such as "the question is in fr".
+
+    Args:
+        texts (`dict[str, str]`):
+            The texts, by what they are: "question", "answer", ...
+        language (`str`):
+            Two-letter code of the language that they should be in.
+        identify (`Callable`):
+            Maps a text to its language, `None` where that cannot be said, and the confidence.
+
+    Returns:
+        `tuple[str, float] | None`: the first that is, and the confidence in it; `None` if none is with certainty.
+    """
+    for name, text in texts.items():
+        found, confidence = identify(text)
+        # A short text may look like a sister language: only what is certain counts
+        if found not in (None, language) and confidence > _MIN_OTHER_LANGUAGE_CONFIDENCE:
+            return f"the {name} is in {found}", confidence
+    return None
 
 
 def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
