@@ -373,11 +373,42 @@ def test_faults_are_survived_counted_and_never_silent(tmp_path):
     assert all(row["response_Teacher-1"] for row in rows_of(tmp_path / "out"))
 
 
-def test_what_a_fault_left_out_can_be_asked_again(tmp_path):
+def test_a_question_in_another_language_is_asked_again_and_then_counted(tmp_path):
+    german = {
+        "question": "Was wird am Abend über den Fluss und die Wiese erzählt, und wer sprach davon?",
+        "answer": "Niemand sprach am Abend noch von dem Fluss oder von der Wiese.",
+        "evidence": ["B1", "B2"],
+    }
+    asked = Counter()
+
+    def reply(request, times):
+        prompt = request["messages"][0]["content"]
+        with lock:
+            asked[prompt] += 1
+            is_first = asked[prompt] == 1
+        is_stubborn = sum(map(ord, prompt)) % 3 == 0
+        return json.dumps(german) if is_first or is_stubborn else write_reply(request, times)
+
+    lock = threading.Lock()
+    with ChatServer(reply) as server:
+        documents, sections = write_documents(tmp_path, 12), llm_sections(server.url)
+        config = write_config(tmp_path, documents, **sections)
+        summary = build(config, tmp_path / "out", STAGES[:4])["stages"]["questions"]
+        assert sum(asked.values()) == 2 * summary["kept"] + 3 * summary["dropped"]["wrong_language"]
+        assert summary["kept"] and summary["kept"] + summary["dropped"]["wrong_language"] == 24
+        config = write_config(tmp_path, documents, verification={"language": False}, **sections)
+        with pytest.raises(ValueError, match="`verification.language`"):
+            build(config, tmp_path / "out", STAGES[:4])
+        again = build(config, tmp_path / "out", STAGES[:4], restart_from="questions")
+        assert again["stages"]["questions"] == {"kept": 24, "dropped": {}}
+
+
+@pytest.mark.parametrize("fault", ["server_error", "truncated"])
+def test_what_a_fault_left_out_can_be_asked_again(fault, tmp_path):
     works = threading.Event()
 
     def reply(request, times):
-        return write_reply(request, times) if works.is_set() or times % 2 else FAULTS["server_error"]
+        return write_reply(request, times) if works.is_set() or times % 2 else FAULTS[fault]
 
     with ChatServer(reply) as server:
         sections = llm_sections(server.url)
@@ -385,9 +416,17 @@ def test_what_a_fault_left_out_can_be_asked_again(tmp_path):
         sections["servers"]["teacher"]["max_retries"] = 0
         config = write_config(tmp_path, write_documents(tmp_path, 6), **sections)
         first = build(config, tmp_path / "out", STAGES[:4])
-        assert first["stages"]["questions"]["dropped"] == {"server_error": 12}
+        assert first["stages"]["questions"]["dropped"] == {fault: 12}
         works.set()
         num_asked = len(server.requests)
+        shutil.rmtree(tmp_path / "out" / "work" / "questions")  # as a kill before the part was written leaves it
+        again = build(config, tmp_path / "out", STAGES[:4])
+        # A reply that was cut off was paid for; what the server did not answer was not
+        if fault == "truncated":
+            assert again == first and len(server.requests) == num_asked
+        else:
+            assert again["stages"]["questions"] == {"kept": 12, "dropped": {}}
+            return
         second = build(config, tmp_path / "out", STAGES[:4], retry_failed=True)
         assert second["stages"]["questions"] == {"kept": 12, "dropped": {}}
         assert len(server.requests) == num_asked + 12

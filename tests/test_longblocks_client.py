@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 from chat_server import FAULTS, ChatServer, Fault, chat_body
@@ -27,7 +28,7 @@ from dgrpo_trl.longblocks.client import (
 
 
 HELLO = [{"role": "user", "content": "hello"}]
-FAST = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 5, "max_outage_seconds": 0.5}
+FAST = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 5, "max_outage_seconds": 20}
 
 
 def messages(text):
@@ -136,6 +137,46 @@ def test_a_finished_request_is_never_sent_again(tmp_path):
     assert first == again and client.stats.num_sent == 0
 
 
+def test_a_reply_that_cannot_be_used_is_paid_for_once(tmp_path):
+    """Killed after some bad replies, a run goes on counting where it was."""
+    bad = {
+        "truncated": FAULTS["truncated"],
+        "empty_reply": FAULTS["no_text"],
+        "refused_content": Fault(200, chat_body(None, refusal="no")),
+    }
+
+    def reply(request, times):
+        return bad.get(request["messages"][0]["content"], "fine")
+
+    async def ask_until_the_second_is_sent(client):
+        async with client:
+            task = asyncio.ensure_future(client.complete(messages("truncated"), max_tokens=16))
+            while len(server.requests) < 2:
+                await asyncio.sleep(0.001)
+            task.cancel()
+
+    with ChatServer(reply) as server:
+        asyncio.run(ask_until_the_second_is_sent(make_client(server, tmp_path / "cache", backoff_seconds=0.2)))
+        assert len(server.requests) == 2
+        errors = ask(make_client(server, tmp_path / "cache"), [messages(reason) for reason in bad])
+        assert [error.reason for error in errors] == list(bad)
+        # The second may have come or not when its client went away
+        num_sent = Counter(request["messages"][0]["content"] for request in server.requests)
+        assert num_sent["truncated"] in (3, 4) and (num_sent["empty_reply"], num_sent["refused_content"]) == (3, 1)
+        client = make_client(server, tmp_path / "cache")
+        again = ask(client, [messages(reason) for reason in bad])
+        assert client.stats.num_sent == 0 and [str(error) for error in again] == [str(error) for error in errors]
+        cache = RequestCache(tmp_path / "other", [tmp_path / "cache"])
+        config = ServerConfig(base_url=server.url, model="m", **FAST)
+        assert [str(error) for error in ask(ChatClient(config, cache), [messages("truncated")])] == [str(errors[0])]
+        cache = RequestCache(tmp_path / "cache")
+        cache.forget_failures(["truncated"])
+        cache.close()
+        del bad["truncated"], bad["empty_reply"]
+        fine, empty = ask(make_client(server, tmp_path / "cache"), [messages("truncated"), messages("empty_reply")])
+        assert fine.text == "fine" and empty.reason == "empty_reply"
+
+
 def test_what_decides_a_reply_is_part_of_the_key_and_the_address_is_not(tmp_path):
     with ChatServer(lambda request, times: "one") as server, ChatServer(lambda request, times: "two") as other:
         ask(make_client(server, tmp_path / "cache"))
@@ -224,7 +265,7 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
 
     thread = threading.Thread(target=start_late)
     thread.start()
-    (completion,) = ask(make_client(f"http://127.0.0.1:{port}/v1", tmp_path / "cache", max_outage_seconds=20))
+    (completion,) = ask(make_client(f"http://127.0.0.1:{port}/v1", tmp_path / "cache"))
     thread.join()
     server.__exit__()
     assert completion.text == "fine"
@@ -279,13 +320,16 @@ def test_text_that_is_no_unicode_does_not_stop_the_run(tmp_path):
     with ChatServer(lambda request, times: Fault(200, body.encode())) as server:
         (completion,) = ask(make_client(server, tmp_path / "cache"))
     assert completion.text == "a ? b"
+    with ChatServer(lambda request, times: chat_body("a \ud800 b", "length")) as server:
+        (error,) = ask(make_client(server, tmp_path / "other"))
+    assert error.reason == "truncated" and error.detail == "a \ud800 b"
 
 
 @pytest.mark.parametrize("status", [429, 502, 503])
 def test_a_server_that_puts_everybody_off_loses_no_request(status, tmp_path):
     with ChatServer(lambda request, times: Fault(status) if time.monotonic() < end else "fine") as server:
         end = time.monotonic() + 0.5
-        client = make_client(server, tmp_path / "cache", max_retries=2, max_outage_seconds=20)
+        client = make_client(server, tmp_path / "cache", max_retries=2)
         completions = ask(client, [messages(n) for n in range(20)])
     assert {completion.text for completion in completions} == {"fine"}
 
@@ -304,7 +348,9 @@ def test_one_request_that_is_put_off_while_others_are_answered_fails_by_name(max
 
     prompts = [messages("large"), *(messages(n) for n in range(100))]
     with ChatServer(reply) as server:
-        client = make_client(server, tmp_path / "cache", max_retries=1, max_concurrency=max_concurrency)
+        client = make_client(
+            server, tmp_path / "cache", max_retries=1, max_concurrency=max_concurrency, max_outage_seconds=2
+        )
         error, *completions = ask(client, prompts)
     assert isinstance(error, RequestFailed) and error.reason == "rate_limited"
     assert {type(completion) for completion in completions} == {Completion}
@@ -322,7 +368,7 @@ def test_a_limited_rate_costs_time_and_no_request(tmp_path):
         return "fine"
 
     with ChatServer(reply) as server:
-        client = make_client(server, tmp_path / "cache", max_concurrency=16, max_outage_seconds=20)
+        client = make_client(server, tmp_path / "cache", max_concurrency=16)
         completions = ask(client, [messages(n) for n in range(40)])
     assert {type(completion) for completion in completions} == {Completion}
 

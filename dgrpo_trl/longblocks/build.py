@@ -223,7 +223,11 @@ class Builder:
             self.store.remove(later)
 
     def _forget_failures(self) -> None:
-        """Forgets the parts that lack something because of a server, and whatever was made of them."""
+        """Forgets its bad replies, the parts that lack something because of a server, and what was made of them."""
+        for path in (self.store.folder / "requests").glob("*.sqlite"):
+            cache = RequestCache(path)
+            cache.forget_failures(RETRYABLE_REASONS)
+            cache.close()
         for index, stage in enumerate(STAGES):
             parts = {part for part in self.store.parts(stage) if self._has_failures(stage, part)}
             for later in reversed(STAGES[index:]) if parts else ():

@@ -1,7 +1,8 @@
 """Requests to an OpenAI-compatible server, such as vLLM: concurrent, retried, and each paid for once.
 
 A reply is in an SQLite file before anybody sees it, under a hash of what was asked. A build that is killed and started
-again finds it there. Where a server was reached at decides nothing about a reply and is no part of the hash.
+again finds it there, and how often a reply came that could not be used: that was paid for too. Where a server was
+reached at decides nothing about a reply and is no part of the hash.
 
 | reason of a failure | what happened | tried again |
 | --- | --- | --- |
@@ -30,7 +31,7 @@ import re
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -60,6 +61,20 @@ _UNAVAILABLE_STATUSES = (429, 502, 503)
 _MIN_OUTAGE_SECONDS = 5
 # How long another process may hold the file of replies
 _MAX_LOCKED_SECONDS = 60
+_CREATE_TABLES = """\
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, thinking TEXT, finish_reason TEXT NOT NULL, model TEXT NOT NULL,
+    prompt_tokens INTEGER, completion_tokens INTEGER, unix_seconds REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS failures (
+    key TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL, unix_seconds REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS failures_by_key ON failures (key);
+COMMIT;
+"""
+_SELECT_REPLY = "SELECT text, thinking, finish_reason, model FROM replies WHERE key = ?"
+_SELECT_FAILURES = "SELECT reason, detail FROM failures WHERE key = ? ORDER BY rowid"
 # With so many requests refused, and none accepted, it is not a request that is wrong
 _MAX_REFUSED_AT_FIRST = 8
 # How vLLM, SGLang, TGI, llama.cpp, OpenAI and gateways word it
@@ -185,7 +200,7 @@ class ClientStats:
 
 
 class RequestCache:
-    """Replies by a hash of the request, in an SQLite file that several processes of one host may share.
+    """Replies by a hash of the request, usable or not, in an SQLite file that several processes of one host may share.
 
     Args:
         path (`Path`):
@@ -212,37 +227,63 @@ class RequestCache:
         for other in read_only:
             try:
                 self._others[other] = sqlite3.connect(f"{other.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
-                _lookup(self._others[other], "")
+                _probe(self._others[other])
             except sqlite3.Error as error:
                 self._leave_out(other, error)
 
     def get(self, key: str) -> Completion | None:
         """The reply to a request, if it was kept."""
+        return next((Completion(*row) for row in self._select(_SELECT_REPLY, key)), None)
+
+    def failures(self, key: str) -> list[tuple[str, str]]:
+        """Reason and detail of the replies to a request that could not be used, in their order."""
+        return list(self._select(_SELECT_FAILURES, key))
+
+    def _select(self, query: str, key: str) -> Iterator[tuple[Any, ...]]:
+        """Rows of this file, then those of the others."""
         try:
-            completion = _lookup(self._database, key)
+            rows = self._database.execute(query, (key,)).fetchall()
         except sqlite3.Error as error:
             raise self._error("read", error) from error
-        for path, other in list(self._others.items()) if completion is None else ():
+        yield from rows
+        for path, other in list(self._others.items()):
             try:
-                completion = completion or _lookup(other, key)
+                rows = other.execute(query, (key,)).fetchall()
             except sqlite3.Error as error:
                 self._leave_out(path, error)
-        return completion
+                continue
+            yield from rows
 
     async def put(self, key: str, completion: Completion, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """Keeps a reply: it is in the file when this returns."""
         content = (completion.text, completion.thinking, completion.finish_reason, completion.model)
         row = (key, *content, prompt_tokens, completion_tokens, time.time())
+        await self._insert("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    async def put_failure(self, key: str, reason: str, detail: str) -> None:
+        """Keeps that a reply came which could not be used, and why."""
+        await self._insert("INSERT INTO failures VALUES (?, ?, ?, ?)", (key, reason, detail, time.time()))
+
+    async def _insert(self, statement: str, row: tuple[Any, ...]) -> None:
         give_up_at = time.monotonic() + _MAX_LOCKED_SECONDS
         while True:
             try:
                 # Not on a thread: that takes longer than the 40 microseconds of a commit
-                self._database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._database.execute(statement, row)
                 return
             except sqlite3.Error as error:
                 if "locked" not in str(error) or time.monotonic() > give_up_at:
                     raise self._error("written", error) from error
             await asyncio.sleep(0.02)
+
+    def forget_failures(self, reasons: Sequence[str]) -> None:
+        """Lets what failed for one of these reasons be asked again; in this file alone."""
+        marks = ", ".join("?" * len(reasons))
+        try:
+            self._database.execute(f"PRAGMA busy_timeout = {1000 * _MAX_LOCKED_SECONDS}")
+            self._database.execute(f"DELETE FROM failures WHERE reason IN ({marks})", tuple(reasons))
+        except sqlite3.Error as error:
+            raise self._error("written", error) from error
 
     def close(self) -> None:
         for database in (self._database, *self._others.values()):
@@ -267,12 +308,8 @@ def _open_cache(path: Path) -> sqlite3.Connection:
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")  # survives the death of the process at any moment
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, thinking TEXT, "
-                "finish_reason TEXT NOT NULL, model TEXT NOT NULL, prompt_tokens INTEGER, completion_tokens INTEGER, "
-                "unix_seconds REAL NOT NULL)"
-            )
-            _lookup(database, "")
+            database.executescript(_CREATE_TABLES)
+            _probe(database)
             return database
         except sqlite3.OperationalError as error:  # another process may be making the file at this moment
             if "locked" not in str(error) or time.monotonic() > give_up_at:
@@ -280,10 +317,10 @@ def _open_cache(path: Path) -> sqlite3.Connection:
         time.sleep(0.02)
 
 
-def _lookup(database: sqlite3.Connection, key: str) -> Completion | None:
-    query = "SELECT text, thinking, finish_reason, model FROM replies WHERE key = ?"
-    row = database.execute(query, (key,)).fetchone()
-    return None if row is None else Completion(*row)
+def _probe(database: sqlite3.Connection) -> None:
+    """Raises an error of SQLite where the file is none of a cache."""
+    for query in (_SELECT_REPLY, _SELECT_FAILURES):
+        database.execute(query, ("",))
 
 
 class _Slots:
@@ -445,10 +482,15 @@ class ChatClient:
         await self._check_length(messages, max_tokens)
         messages = [{name: _encodable(text) for name, text in message.items()} for message in messages]
         tries = _Tries(self._num_answered)
+        for reason, detail in self._cache.failures(key):  # of a run that was killed
+            if reason not in _CONTENT_REASONS:
+                raise RequestFailed(reason, detail)
+            self._raise_if_hopeless(_Retryable(reason, detail), tries)
         while True:
             await self._slots.acquire()
             try:
-                completion, *usage = await self._send(messages, max_tokens, schema, sample)
+                reply = await self._send(messages, max_tokens, schema, sample)
+                completion, *usage = await self._read(key, reply)
                 await self._cache.put(key, completion, *usage)
                 return completion
             except _Retryable as failure:
@@ -516,10 +558,8 @@ class ChatClient:
             unit = "bytes, for want of a `tokenizer`," if self._counter is None else "tokens"
             raise RequestFailed("context_overflow", f"{num_tokens} {unit} + {max_tokens} tokens, of {limit}")
 
-    async def _send(
-        self, messages: list[Message], max_tokens: int, schema: dict[str, Any] | None, sample: int
-    ) -> tuple[Completion, int, int]:
-        """One request: the reply, and the tokens of prompt and reply."""
+    async def _send(self, messages: list[Message], max_tokens: int, schema: dict[str, Any] | None, sample: int) -> Any:
+        """One request: the JSON of its reply."""
         if self._limiter is not None:
             await self._limiter.acquire()
         structured = self._structured if schema is not None else "none"
@@ -542,7 +582,15 @@ class ChatClient:
         finally:
             self.stats.num_in_flight -= 1
         self._answered()
-        parsed = self._parse(reply)
+        return reply
+
+    async def _read(self, key: str, reply: Any) -> tuple[Completion, int, int]:
+        """The reply, and the tokens of prompt and reply. What came and cannot be used is kept in mind."""
+        try:
+            parsed = self._parse(reply)
+        except (_Retryable, RequestFailed) as failure:
+            await self._cache.put_failure(key, failure.reason, _encodable(failure.detail))
+            raise
         self._has_replied = True
         self._slots.grow()
         return parsed
