@@ -26,7 +26,7 @@ def log_to(folder: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = RichHandler(console=Console(stderr=True), show_path=False)
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file], format="%(message)s")
-    for name in ("httpx", "openai", "datasets", "filelock"):  # a line a request
+    for name in ("httpx", "httpx2", "openai", "datasets", "filelock"):  # a line a request
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
