@@ -1,12 +1,13 @@
 """An OpenAI-compatible server on this machine that answers by a function, and misbehaves where that says so."""
 
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from local_server import LocalServer
 
 
 def chat_body(text: str | None, finish_reason: str = "stop", **message: object) -> bytes:
@@ -56,20 +57,17 @@ FAULTS = {
 }
 
 
-class ChatServer(ThreadingHTTPServer):
-    """A context manager; serves while it is entered.
+class ChatServer(LocalServer):
+    """An OpenAI-compatible server.
 
     Args:
         reply: From a request's JSON and how often it was asked before, its answer: text, bytes of a body, or a fault.
+        port: Port; 0 takes a free one.
     """
 
-    daemon_threads = True
-    request_queue_size = 256
-
     def __init__(self, reply: Callable[[dict, int], str | bytes | Fault], port: int = 0):
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(_Handler, port)
         self.reply = reply
-        self.lock = threading.Lock()
         self.requests: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.asked: Counter[str] = Counter()
@@ -78,19 +76,7 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def __enter__(self) -> "ChatServer":
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that hangs up is part of these tests: no traceback."""
+        return f"{super().url}/v1"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from local_server import LocalServer
 
 
 TOKEN = "hf_writes"
@@ -31,8 +32,8 @@ class Repository:
         return hashlib.sha1(content.encode()).hexdigest()
 
 
-class HubServer(ThreadingHTTPServer):
-    """A context manager; serves while it is entered.
+class HubServer(LocalServer):
+    """The Hub.
 
     Attributes:
         repositories: By `datasets/owner/name` or `models/owner/name`.
@@ -40,28 +41,12 @@ class HubServer(ThreadingHTTPServer):
         requests: Method and path of each request.
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.lock = threading.Lock()
+        super().__init__(_Handler)
         self.repositories: dict[str, Repository] = {}
         self.uploaded: dict[str, bytes] = {}
         self.num_uploads = 0
         self.requests: list[tuple[str, str]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self) -> "HubServer":
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -117,8 +117,10 @@ def test_branches_pull_requests_and_refusals(hub, run, built):
     assert "there and public" in refused and public.startswith("URL ")
     assert len(hub.repositories["datasets/me/public"].commits) == 1
 
+    hub.requests.clear()
     stranger = run("-c", PUSH, folder / "dataset", json.dumps(configs[:1]), token="hf_stranger")
-    assert "ERROR The Hub refuses" in stranger and len(hub.repositories["datasets/me/set"].commits) == 2
+    assert "ERROR The Hub refuses: Invalid user token" in stranger
+    assert not [path for _, path in hub.requests if "me/set" in path]
 
 
 def test_corpora_are_streamed_by_the_names_of_the_table_and_a_gated_one_is_left_out(hub, run, tmp_path):

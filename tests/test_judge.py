@@ -7,10 +7,10 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from local_server import LocalServer
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
 from dgrpo_trl.rewards import LLMJudgeReward
@@ -28,18 +28,15 @@ def chat_body(text: str | None) -> bytes:
     ).encode()
 
 
-class JudgeServer(ThreadingHTTPServer):
+class JudgeServer(LocalServer):
     """Answers the n-th request with the n-th step of `script`, whose last step repeats.
 
     A step is a reply text, or a function of the request handler that sends whatever it likes.
     """
 
-    daemon_threads = True
-
     def __init__(self, script: list[str | Callable]):
-        super().__init__(("127.0.0.1", 0), JudgeHandler)
+        super().__init__(JudgeHandler)
         self.script = script
-        self.lock = threading.Lock()
         self.requests: list[dict] = []
         self.times: list[float] = []
         self.keys: list[str | None] = []
@@ -47,10 +44,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        """A client that hangs up is part of these tests: no traceback."""
+        return f"{super().url}/v1"
 
 
 class JudgeHandler(BaseHTTPRequestHandler):
@@ -129,16 +123,8 @@ def truncate(handler):
     handler.close_connection = True
 
 
-@contextmanager
-def serving(*script: str | Callable):
-    server = JudgeServer(list(script))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+def serving(*script: str | Callable) -> JudgeServer:
+    return JudgeServer(list(script))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 import hashlib
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import datasets
@@ -333,32 +331,3 @@ def test_a_configuration_that_cannot_be_honoured_is_refused():
         PublishConfig(create_pr=True, revision="v1")
     with pytest.raises(ValidationError):
         PublishConfig(repo="me/set")
-
-
-def test_a_token_that_the_hub_does_not_know_is_reported_over_http(folder, monkeypatch):
-    """With the real client, against a server that refuses everybody."""
-    requests = []
-
-    class Refusing(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802, the name that http.server calls
-            requests.append((self.path, self.headers["Authorization"]))
-            self.send_response(401)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_unknown")
-        with pytest.raises(RuntimeError, match="The Hub refuses: Invalid user token"):
-            push(folder, PublishConfig(repo_id="me/set"), dry_run=False)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert ("/api/whoami-v2", "Bearer hf_unknown") in requests
-    assert not [path for path, _ in requests if "me/set" in path]
