@@ -255,6 +255,22 @@ def test_what_cannot_run_is_said_before_weights_load(arguments, questions, monke
         EvaluationRun(arguments(**values))
 
 
+@pytest.mark.parametrize("tokens_per_pass", [1, 10**9])
+def test_every_prompt_is_compared_with_the_training_data(arguments, tmp_path, monkeypatch, tokens_per_pass):
+    monkeypatch.setattr(runs, "_TOKENS_PER_PASS", tokens_per_pass)
+    values = {"tasks": TASKS, "lengths": LENGTHS, "overwrite": True}
+    prompts = [
+        sample.messages[0]["content"] for cell in EvaluationRun(arguments(**values)).cells for sample in cell.make()
+    ]
+    path = tmp_path / "training.jsonl"
+    for prompt in (prompts[0], prompts[-1]):
+        path.write_text(json.dumps({"prompt": prompt}), encoding="utf-8")
+        with pytest.raises(ValueError, match="share text"):
+            EvaluationRun(arguments(**values, training_data=str(path)))
+    path.write_text(json.dumps({"prompt": "Nothing of it."}), encoding="utf-8")
+    EvaluationRun(arguments(**values, training_data=str(path)))
+
+
 def test_yarn_in_the_arguments_counts_as_positions_and_reaches_the_model(arguments):
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
     args = arguments(

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _ANY_LENGTH = 1 << 40
+# Prompts that are compared with the training data in one pass over it: a gigabyte of their pieces
+_TOKENS_PER_PASS = 10_000_000
 _POSITIONS = ("rope_parameters", "max_position_embeddings")
 # A file of these decides what a local model answers
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
@@ -315,10 +317,10 @@ class EvaluationRun:
 
     def _check_overlap(self) -> None:
         rows = load_rows(self.args.training_data)
-        for cell in self.cells:
-            if shared := shared_ngrams(cell.make(), rows):
+        for samples in _batches((sample for cell in self.cells for sample in cell.make()), _TOKENS_PER_PASS):
+            if shared := shared_ngrams(samples, rows):
                 raise ValueError(
-                    f"{len(shared)} prompts of {cell.task!r} at {cell.length} tokens share text with `training_data` "
+                    f"{len(shared)} prompts of the evaluation share text with `training_data` "
                     f"{self.args.training_data!r}: {shared[0][0]!r} has {shared[0][1]!r}. The score would count what "
                     "was learnt by heart. Choose another haystack, or questions held out by document."
                 )
@@ -447,6 +449,19 @@ def load_model(args: EvaluationArguments) -> transformers.PreTrainedModel:
     if "device_map" not in kwargs:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval()
+
+
+def _batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    """The samples in batches of at most so many tokens, or of one sample."""
+    batch, num_tokens = [], 0
+    for sample in samples:
+        if batch and num_tokens + sample.num_tokens > max_tokens:
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(sample)
+        num_tokens += sample.num_tokens
+    if batch:
+        yield batch
 
 
 def _model_config(args: EvaluationArguments) -> PreTrainedConfig:
