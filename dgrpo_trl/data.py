@@ -168,11 +168,12 @@ def rope_scaling(config: PreTrainedConfig) -> dict | None:
     return {key: value for key, value in sorted(rope.items()) if key != "rope_theta"}
 
 
-def native_positions(config: PreTrainedConfig) -> int | None:
-    """Positions that a Qwen3 was trained on: the configuration on the Hub states 40,960, with room for output."""
+def trained_positions(config: PreTrainedConfig) -> int | None:
+    """[`max_positions`], but of a Qwen3 those it was trained on: its configuration on the Hub adds room for output."""
     text = config.get_text_config()
-    is_scaled = rope_scaling(config) is not None
-    return 32768 if text.model_type == "qwen3" and text.max_position_embeddings == 40960 and not is_scaled else None
+    positions = max_positions(text)
+    is_native_qwen3 = text.model_type == "qwen3" and positions == 40960 and rope_scaling(config) is None
+    return 32768 if is_native_qwen3 else positions
 
 
 def check_prompt_lengths(

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from .config import DGRPOConfig
-from .data import max_positions, native_positions, prompt_token_counter, rope_scaling
+from .data import max_positions, prompt_token_counter, rope_scaling, trained_positions
 from .losses import TILE_TOKENS
 from .prefix import obstacle
 from .teacher import BASE_TEACHER, check_vocabularies, load_teacher_config
@@ -450,9 +450,10 @@ class _Look:
             f"least {lengths[0]:,}, median {lengths[len(lengths) // 2]:,}, "
             f"95 % {lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]:,}, most {lengths[-1]:,} ({how})",
         )
-        native = native_positions(self.config) if reader == "the student" else None
-        limit = min(p for p in (positions, native, math.inf) if p is not None)
-        self._adder("Positions")(reader, f"{positions or 'unlimited'}{f', native {native:,}' if native else ''}")
+        trained = trained_positions(self.config) if reader == "the student" else positions
+        limit = trained or math.inf
+        native = f", native {trained:,}" if trained != positions else ""
+        self._adder("Positions")(reader, f"{positions or 'unlimited'}{native}")
         num_over = sum(length + completion > limit for length in lengths)
         if num_over:
             self.report.problems.append(
@@ -658,8 +659,7 @@ class _Look:
             "rows, prompt and completion",
             f"median {sorted(lengths)[len(lengths) // 2]:,}, most {max(lengths):,} ({how})",
         )
-        positions = max_positions(self.config.get_text_config())
-        limit = min(p for p in (positions, native_positions(self.config), math.inf) if p is not None)
+        limit = trained_positions(self.config) or math.inf
         if (packed is None and longest > limit) or (packed is not None and max(lengths) > limit):
             self.report.problems.append(
                 f"The longest row has {longest:,} tokens, more than the {limit:,} positions of the model. Beyond them "

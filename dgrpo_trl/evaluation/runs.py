@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import dgrpo_trl
 
-from ..data import load_rows, max_positions, native_positions
+from ..data import load_rows, max_positions, trained_positions
 from ..longblocks.files import sha256_of, write_json, write_text
 from ..longblocks.load import load_longblocks
 from ..training_data import load_student_tokenizer
@@ -294,8 +294,7 @@ class EvaluationRun:
     # --- Checks
 
     def _check_positions(self) -> None:
-        limits = (max_positions(self.config), native_positions(self.config))
-        positions = min((limit for limit in limits if limit is not None), default=None)
+        positions = trained_positions(self.config)
         if positions is None:
             return
         manager = self.harness_manager
