@@ -7,7 +7,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .losses import DIVERGENCES
-from .prefix_attention import BACKENDS
+from .shared_prefix.attention import BACKENDS
 
 
 SHARED_PREFIX_MODES = ("auto", "on", "off")

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from trl.trainer.utils import pad
 
-from .heads import CompletionOutput, CompletionScoring
 from .losses import Distillation
-from .prefix import pack, prompt_keys, split_by_tokens, unpadded
+from .scoring import CompletionOutput, CompletionScoring
+from .shared_prefix.packing import pack, prompt_keys, split_by_tokens, unpadded
 
 
 @dataclass(frozen=True)

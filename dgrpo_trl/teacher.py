@@ -13,9 +13,9 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id, use_adapter
 
 from .config import DGRPOConfig
-from .heads import CompletionScoring, add_completion_scoring, lm_head
 from .losses import LMHead, token_terms
 from .rollouts import Rollouts
+from .scoring import CompletionScoring, add_completion_scoring, lm_head
 
 
 logger = get_logger(__name__)

@@ -22,17 +22,19 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad, split_tensor_dict
 
+from .chat import escape_messages, prompt_token_counter
+from .checks import check_dataset, check_prompt_lengths, max_positions
 from .config import DGRPOConfig
-from .data import check_dataset, check_prompt_lengths, escape_messages, max_positions, prompt_token_counter
-from .heads import CompletionOutput, add_completion_scoring, load_balancing_loss
-from .inspection import Inspector, render_heatmap, tail, write_heatmap
-from .long_runs import CompleteCheckpoints
 from .losses import Distillation, aggregate
-from .model_card import add_recipe_and_metrics
-from .nonfinite import NonFiniteGuard
-from .prefix import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
-from .prefix_attention import register
 from .rollouts import Rollouts
+from .run.card import add_recipe_and_metrics
+from .run.checkpoints import CompleteCheckpoints
+from .run.heatmap import Inspector, render_heatmap, tail, write_heatmap
+from .run.nonfinite import NonFiniteGuard
+from .run.vllm_server import ServerLost, report_losses, wait_for_server
+from .scoring import CompletionOutput, add_completion_scoring, load_balancing_loss
+from .shared_prefix.attention import register
+from .shared_prefix.packing import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
 from .teacher import (
     BASE_TEACHER,
     Teacher,
@@ -42,7 +44,6 @@ from .teacher import (
     load_teacher_config,
     resolve_teacher,
 )
-from .vllm_server import ServerLost, report_losses, wait_for_server
 
 
 if TYPE_CHECKING:

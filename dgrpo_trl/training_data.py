@@ -8,7 +8,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ScriptArguments
 
-from .data import escape_messages, load_rows, prompt_token_counter
+from .chat import escape_messages, prompt_token_counter
+from .data_loading import load_rows
 from .longblocks.load import load_conversations, load_longblocks, mix_short_and_long, split_by_id
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import openai
 import yaml
 
+from dgrpo_trl.llm.client import Completion, ServerConfig
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, split_blocks
 from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks
-from dgrpo_trl.longblocks.client import Completion, ServerConfig
 from dgrpo_trl.longblocks.questions import LLMEngine, LLMEngineConfig
 from dgrpo_trl.longblocks.records import Document
 

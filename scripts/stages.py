@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dgrpo_trl.longblocks.files import write_json
+from dgrpo_trl.files import write_json
 
 
 SCRIPTS = Path(__file__).resolve().parent

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, rewards
-from dgrpo_trl.console import quiet_known_warnings
-from dgrpo_trl.long_runs import keep_run_id, train_to_the_end
 from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
+from dgrpo_trl.run.checkpoints import keep_run_id, train_to_the_end
+from dgrpo_trl.run.console import quiet_known_warnings
 from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
 
 

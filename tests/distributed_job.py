@@ -33,8 +33,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
-from dgrpo_trl.long_runs import latest_checkpoint
 from dgrpo_trl.losses import TILE_TOKENS
+from dgrpo_trl.run.checkpoints import latest_checkpoint
 
 
 TIMEOUT_SECONDS = 480  # a job takes two minutes on a loaded machine

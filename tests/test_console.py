@@ -12,7 +12,7 @@ from conftest import build_model
 from test_recipes import ROOT
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.console import KNOWN_WARNINGS, quiet_known_warnings
+from dgrpo_trl.run.console import KNOWN_WARNINGS, quiet_known_warnings
 
 
 def run_script(name, tokenizer, tmp_path, *flags, report_to="none", **environment):

@@ -22,7 +22,7 @@ from distributed_job import TIMEOUT_SECONDS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dgrpo_trl.long_runs import latest_checkpoint
+from dgrpo_trl.run.checkpoints import latest_checkpoint
 
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,9 @@ from peft import LoraConfig
 
 import dgrpo_trl.trainer
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
-from dgrpo_trl.data import check_prompt_lengths, escape_special_tokens, load_rows, max_positions
+from dgrpo_trl.chat import escape_special_tokens
+from dgrpo_trl.checks import check_prompt_lengths, max_positions
+from dgrpo_trl.data_loading import load_rows
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ pytest.importorskip("lm_eval")
 
 from test_evaluation_tasks import build_words_tokenizer  # noqa: E402
 
-from dgrpo_trl.evaluation.metrics import string_match_all  # noqa: E402
-from dgrpo_trl.evaluation.tasks import NOISE_LINE, make_samples  # noqa: E402
+from dgrpo_trl.evaluation.metrics import string_match_all
+from dgrpo_trl.evaluation.tasks import NOISE_LINE, make_samples
 
 
 NUM_SAMPLES = 4

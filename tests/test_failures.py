@@ -16,8 +16,9 @@ from chat_server import ChatServer, Fault
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from dgrpo_trl import DGRPOTrainer, vllm_server
-from dgrpo_trl.vllm_server import ServerLost, report_losses, wait_for_server
+from dgrpo_trl import DGRPOTrainer
+from dgrpo_trl.run import vllm_server
+from dgrpo_trl.run.vllm_server import ServerLost, report_losses, wait_for_server
 
 
 class Spoiling(DGRPOTrainer):

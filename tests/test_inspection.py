@@ -9,7 +9,7 @@ import torch
 from conftest import build_tokenizer
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.inspection import Trace, decode_pieces, render_heatmap, tail, write_heatmap
+from dgrpo_trl.run.heatmap import Trace, decode_pieces, render_heatmap, tail, write_heatmap
 
 
 def test_the_tail_of_a_prompt_is_where_the_question_stands():

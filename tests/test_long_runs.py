@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.long_runs import (
+from dgrpo_trl.run.checkpoints import (
     EXIT_REQUEUE,
     CompleteCheckpoints,
     StopOnSignal,

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.longblocks.cleaning import Cleaner, CleaningConfig, break_special_tokens, identify, strip_gutenberg
+from dgrpo_trl.longblocks.cleaning import Cleaner, CleaningConfig, identify, strip_gutenberg
 from dgrpo_trl.longblocks.records import Document, Drop
+from dgrpo_trl.text import break_special_tokens
 
 
 ENGLISH = "The whale was seen near the harbour in the early morning, and nobody in the town had expected it."

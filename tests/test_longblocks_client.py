@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 from chat_server import FAULTS, ChatServer, Fault, chat_body
 
-from dgrpo_trl.longblocks.client import (
+from dgrpo_trl.llm.client import (
     ChatClient,
     Completion,
     RequestCache,

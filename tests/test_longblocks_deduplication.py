@@ -14,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgrpo_trl.longblocks.decontamination import DecontaminationConfig, Decontaminator
-from dgrpo_trl.longblocks.deduplication import DeduplicationConfig, Deduplicator, normalise_question, signature
+from dgrpo_trl.longblocks.deduplication import (
+    DeduplicationConfig,
+    Deduplicator,
+    normalise_question,
+    signature,
+)
 from dgrpo_trl.longblocks.mixing import Mixer, MixingConfig
 from dgrpo_trl.longblocks.records import Row
 

@@ -10,10 +10,10 @@ from datasets import Dataset, IterableDataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.data import prompt_token_counter
+from dgrpo_trl.chat import prompt_token_counter
+from dgrpo_trl.data_loading import DropCounts
 from dgrpo_trl.longblocks.load import (
     BookCache,
-    DropCounts,
     _Proportion,
     load_conversations,
     load_longblocks,
@@ -207,7 +207,7 @@ def test_the_token_budget_holds_at_its_edges(tokenizer, document, streaming):
 
 
 def test_a_prompt_that_fits_by_its_bytes_is_not_tokenised(tokenizer, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.data.prompt_token_counter", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("dgrpo_trl.longblocks.load.prompt_token_counter", lambda *_: pytest.fail("tokenised"))
     num_bytes = len(f"{DOCUMENT}\n\nHow many wheels?".encode())
     rows = Dataset.from_list([row()])
     assert len(load_longblocks(rows, tokenizer=tokenizer, max_prompt_tokens=num_bytes + 512)) == 1

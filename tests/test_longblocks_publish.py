@@ -10,7 +10,8 @@ from datasets import load_dataset, load_from_disk
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from pydantic import ValidationError
 
-from dgrpo_trl.longblocks.load import DropCounts, load_longblocks
+from dgrpo_trl.data_loading import DropCounts
+from dgrpo_trl.longblocks.load import load_longblocks
 from dgrpo_trl.longblocks.publish import (
     PublishConfig,
     published_record,

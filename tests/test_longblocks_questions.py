@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from dgrpo_trl.llm.client import Completion, RequestFailed
+from dgrpo_trl.llm.replies import parse_object, parse_verdict, quote
 from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks, split_blocks
 from dgrpo_trl.longblocks.cleaning import identify
-from dgrpo_trl.longblocks.client import Completion, RequestFailed
-from dgrpo_trl.longblocks.parsing import parse_object, parse_verdict, quote
 from dgrpo_trl.longblocks.questions import (
     MIN_EVIDENCE_BLOCKS,
     NOT_STATED,

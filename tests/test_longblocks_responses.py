@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from dgrpo_trl.longblocks.client import Completion, RequestFailed, ServerRefused
+from dgrpo_trl.llm.client import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.load import PROMPT_TEMPLATE
 from dgrpo_trl.longblocks.records import Evidence, Row
 from dgrpo_trl.longblocks.responses import Responder, ResponsesConfig

@@ -8,8 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from dgrpo_trl.llm.client import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.cleaning import identify
-from dgrpo_trl.longblocks.client import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.questions import NOT_STATED
 from dgrpo_trl.longblocks.records import Evidence, Row
 from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answers_agree

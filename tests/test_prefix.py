@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from dgrpo_trl import prefix, prefix_attention
-from dgrpo_trl.heads import CompletionScoring, add_completion_scoring, load_balancing_loss, router_sums
-from dgrpo_trl.prefix import (
-    FULL_ATTENTION_MODEL_TYPES,
-    SLIDING_WINDOW_MODEL_TYPES,
-    obstacle,
-    pack,
-    share_prefill,
-    split_by_tokens,
-)
-from dgrpo_trl.prefix_attention import (
+from dgrpo_trl.rollouts import Rollouts
+from dgrpo_trl.scoring import CompletionScoring, add_completion_scoring, load_balancing_loss, router_sums
+from dgrpo_trl.shared_prefix import attention as prefix_attention
+from dgrpo_trl.shared_prefix import packing as prefix
+from dgrpo_trl.shared_prefix.attention import (
     BACKENDS,
     FlashAttention2Kernel,
     FlashAttention3Kernel,
@@ -36,7 +30,14 @@ from dgrpo_trl.prefix_attention import (
     choose_kernel,
     register,
 )
-from dgrpo_trl.rollouts import Rollouts
+from dgrpo_trl.shared_prefix.packing import (
+    FULL_ATTENTION_MODEL_TYPES,
+    SLIDING_WINDOW_MODEL_TYPES,
+    obstacle,
+    pack,
+    share_prefill,
+    split_by_tokens,
+)
 
 
 CPU = torch.device("cpu")
@@ -607,7 +608,7 @@ def test_control_a_detached_prompt_passes_for_its_values_and_fails_for_its_gradi
             is_cross = args[5] is False  # not causal: a branch that sees its prefix
             return (dq, dk * 0, dv * 0) if is_cross else (dq, dk, dv)
 
-    with mock.patch("dgrpo_trl.prefix_attention.choose_kernel", lambda *args: DetachedPrefix()):
+    with mock.patch("dgrpo_trl.shared_prefix.attention.choose_kernel", lambda *args: DetachedPrefix()):
         logps, gradients = errors(tiny_model("qwen3"))
     assert logps <= 1e-5 and gradients > 0.1
 

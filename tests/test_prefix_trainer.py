@@ -12,10 +12,11 @@ from peft import LoraConfig, PromptTuningConfig
 from test_trainer import LORA, generation_batch, loss_and_gradients, rollouts_of, weights
 from trl import GRPOTrainer, TrlParser
 
-from dgrpo_trl import DGRPOConfig, DGRPOTrainer, prefix
+from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.losses import LOSS_TYPES
-from dgrpo_trl.prefix_attention import Group, MathKernel, PrefixLayout
 from dgrpo_trl.rollouts import Rollouts
+from dgrpo_trl.shared_prefix import packing as prefix
+from dgrpo_trl.shared_prefix.attention import Group, MathKernel, PrefixLayout
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}

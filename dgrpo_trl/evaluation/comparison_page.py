@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..longblocks.files import write_text
+from ..files import write_text
 from .page import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
 
 

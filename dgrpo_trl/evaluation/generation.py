@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..data import escape_messages
+from ..chat import escape_messages
 from .tasks import prompt_text
 
 

@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..longblocks.files import write_json
+from ..files import write_json
 from .generation import greedy_config
 
 

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import dgrpo_trl
 
-from ..data import load_rows, max_positions, trained_positions
-from ..longblocks.files import sha256_of, write_json, write_text
+from ..checks import max_positions, trained_positions
+from ..data_loading import load_rows
+from ..files import sha256_of, write_json, write_text
 from ..longblocks.load import load_longblocks
 from ..training_data import load_student_tokenizer
 from .accuracy import wilson_interval

@@ -42,10 +42,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import escape_messages, escape_special_tokens
-from ..longblocks.decontamination import hash_ngram, iter_ngrams, iter_strings, tokenize
-from ..longblocks.load import DropCounts
+from ..chat import escape_messages, escape_special_tokens
+from ..data_loading import DropCounts
 from ..rewards import normalize_answer
+from ..text import hash_ngram, iter_ngrams, iter_strings, tokenize
 
 
 logger = logging.getLogger(__name__)

@@ -5,17 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from ..data_loading import DropCounts
     from .blocks import Block, split_blocks
     from .build import Builder
     from .config import STAGES, BuildConfig, load_config
-    from .load import (
-        BookCache,
-        DropCounts,
-        load_conversations,
-        load_longblocks,
-        mix_short_and_long,
-        split_by_id,
-    )
+    from .load import BookCache, load_conversations, load_longblocks, mix_short_and_long, split_by_id
     from .rule_engine import TASKS
     from .sources import CORPORA
 
@@ -40,9 +34,9 @@ _NAMES = {
     "blocks": ("Block", "split_blocks"),
     "build": ("Builder",),
     "config": ("STAGES", "BuildConfig", "load_config"),
+    ".data_loading": ("DropCounts",),
     "load": (
         "BookCache",
-        "DropCounts",
         "load_conversations",
         "load_longblocks",
         "mix_short_and_long",

@@ -28,15 +28,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from ..files import write_text
+from ..llm.client import ChatClient, RequestCache
+from ..llm.tokens import TokenCounter, load_token_counter
 from . import sources
 from .blocks import Block, link_blocks, split_blocks
 from .card import Statistics, write_card
 from .cleaning import Cleaner, identify
-from .client import ChatClient, RequestCache
 from .config import STAGES, BuildConfig
 from .decontamination import Decontaminator
 from .deduplication import Deduplicator, signature
-from .files import write_text
 from .mixing import Mixer
 from .progress import Progress
 from .publish import published_record, push, save_to_disk, write_parquet
@@ -57,7 +58,6 @@ from .store import (
     row_of,
     row_record,
 )
-from .tokens import TokenCounter, load_token_counter
 from .verification import Verifier
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .records import Drop, StrictModel
+from ..strict_model import StrictModel
+from .records import Drop
 
 
 FIGURE = "assets/document_lengths.png"

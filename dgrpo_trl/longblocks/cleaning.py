@@ -25,7 +25,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .records import Document, Drop, StrictModel
+from ..strict_model import StrictModel
+from ..text import break_special_tokens
+from .records import Document, Drop
 
 
 STAGE = "sources"
@@ -237,25 +239,6 @@ class Cleaner:
             else:
                 high = middle - 1
         return text[: ends[low - 1]].strip("\n") if low else ""
-
-
-def break_special_tokens(text: str, special_tokens: Collection[str]) -> str:
-    """Puts a zero-width space (U+200B) after the first character of each literal control token: it stays text.
-
-    Args:
-        text (`str`):
-            A document or a question; not a rendered chat template, whose control tokens are meant.
-        special_tokens (`Collection[str]`):
-            The texts that the tokenizer would turn into control tokens.
-
-    Returns:
-        `str`: `text` itself if it holds none.
-    """
-    literals = sorted((token for token in special_tokens if token in text and len(token) > 1), key=len, reverse=True)
-    if not literals:
-        return text
-    pattern = "|".join(re.escape(token) for token in literals)
-    return re.sub(pattern, lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
 
 
 def strip_gutenberg(text: str) -> str:

@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from ..llm.client import ServerConfig
+from ..strict_model import StrictModel
 from .blocks import BlocksConfig
 from .card import CardConfig
 from .cleaning import CleaningConfig
-from .client import ServerConfig
 from .decontamination import DecontaminationConfig
 from .deduplication import DeduplicationConfig
 from .mixing import MixingConfig
 from .publish import PublishConfig, published_schema
 from .questions import LLMEngineConfig
-from .records import StrictModel
 from .responses import ResponsesConfig
 from .rule_engine import RuleEngineConfig
 from .sources import SourceConfig

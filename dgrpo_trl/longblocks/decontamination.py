@@ -4,10 +4,8 @@ A piece is `ngram_words` words in a row (`ngram_chars` characters where no space
 of the evaluation set that is shorter. Case, punctuation and forms of the same character make no difference.
 """
 
-import hashlib
 import json
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,15 +13,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .records import Drop, Row, StrictModel
+from ..strict_model import StrictModel
+from ..text import UNSPACED, hash_ngram, iter_ngrams, iter_strings, tokenize
+from .records import Drop, Row
 
 
 STAGE = "decontamination"
 
-_UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-# A word; or one character of a script without spaces, which counts as a word of its own
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class EvaluationSet(StrictModel):
@@ -118,21 +115,6 @@ class Decontaminator:
         return None
 
 
-def tokenize(text: str) -> list[str]:
-    """Words of a text, in scripts without spaces its characters; case and punctuation make no difference."""
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def iter_ngrams(tokens: list[str], length: int) -> Iterator[tuple[str, ...]]:
-    """All runs of `length` tokens; none where there are fewer."""
-    return (tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
-
-
-def hash_ngram(ngram: tuple[str, ...]) -> bytes:
-    """Eight bytes that stand for an n-gram."""
-    return hashlib.blake2b(" ".join(ngram).encode("utf-8", "replace"), digest_size=8).digest()
-
-
 def _texts(evaluation_set: EvaluationSet) -> Iterator[str]:
     """The texts to look for. A column may hold a list of texts."""
     num_found = 0
@@ -169,15 +151,3 @@ def _rows(evaluation_set: EvaluationSet) -> Iterable[dict[str, Any] | str]:
         return (row for batch in pq.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
     lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return map(json.loads, lines) if path.suffix == ".jsonl" else lines
-
-
-def iter_strings(value: Any) -> Iterator[str]:
-    """All texts in a value, however its lists and mappings are nested."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from iter_strings(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from iter_strings(item)

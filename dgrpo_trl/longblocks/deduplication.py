@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from .records import Drop, StrictModel
+from ..strict_model import StrictModel
+from .records import Drop
 
 
 STAGE = "deduplication"

@@ -22,10 +22,9 @@ import sqlite3
 import string
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -41,6 +40,8 @@ from datasets import (
     concatenate_datasets,
 )
 
+from ..chat import escape_messages, prompt_token_counter
+from ..data_loading import DropCounts, load_rows
 from .source_configs import BOOK_COLUMNS
 from .sources import book_pages
 
@@ -69,33 +70,6 @@ _MISSING_DOCUMENTS = (
     "rows are left out and counted as `no_document`."
 )
 _EMPTY_SIDE = "`{}` is empty. There is nothing to mix. Check what its filters dropped."
-
-
-@dataclass
-class DropCounts:
-    """How many rows were read, and how many left for which reason.
-
-    The rows of a stream are counted as they flow, in the process that reads them: again in each epoch, and not at all
-    in this object where a `DataLoader` reads in processes of its own.
-    """
-
-    num_rows: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_kept(self) -> int:
-        return self.num_rows - self.reasons.total()
-
-    def add(self, reason: str | None) -> None:
-        """Counts one row; `None` keeps it."""
-        self.num_rows += 1
-        if reason is not None:
-            self.reasons[reason] += 1
-
-    def table(self) -> str:
-        """The counts as lines of text."""
-        lines = [("rows", self.num_rows), *self.reasons.most_common(), ("kept", self.num_kept)]
-        return "\n".join(f"{name:<18} {count:>10,} {count / max(self.num_rows, 1):>7.1%}" for name, count in lines)
 
 
 # --- Books
@@ -212,8 +186,6 @@ class _TokenBudget:
         """Keeps literal special tokens text, as the trainer does; as they are where there is no tokenizer."""
         if self.tokenizer is None:
             return messages
-        from ..data import escape_messages
-
         return escape_messages(messages, self.tokenizer)
 
     def reason(self, messages: Messages) -> str | None:
@@ -225,8 +197,6 @@ class _TokenBudget:
             return None
         if self.min_tokens is not None and at_most < self.min_tokens:
             return "prompt_too_short"
-        from ..data import prompt_token_counter
-
         num_tokens = prompt_token_counter(self.tokenizer, self.chat_template_kwargs, None)([messages])[0]
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return "prompt_too_short"
@@ -403,8 +373,6 @@ def _read(name_or_path: str | Path | Dataset | IterableDataset, split: str, stre
     if isinstance(name_or_path, (Dataset, IterableDataset)):
         rows = name_or_path
     else:
-        from ..data import load_rows
-
         rows = load_rows(str(name_or_path), split=split, streaming=streaming)
     return rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
 

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from .records import Document, Drop, Row, StrictModel
+from ..strict_model import StrictModel
+from .records import Document, Drop, Row
 from .store import CHECKS_TYPE, EVIDENCE_TYPE
 
 

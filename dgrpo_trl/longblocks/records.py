@@ -6,16 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 
 Kind = Literal["text", "markdown", "code"]
-
-
-class StrictModel(BaseModel):
-    """Section of a builder's configuration: an unknown key or a value of another type is an error, not a default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from .client import ChatClient, RequestFailed
-from .records import Drop, Row, StrictModel
+from ..llm.client import ChatClient, RequestFailed
+from ..strict_model import StrictModel
+from .records import Drop, Row
 from .verification import UNANSWERABLE, Identify, answers_agree, other_language
 
 

@@ -37,10 +37,11 @@ from typing import Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from ..strict_model import StrictModel
 from .blocks import Block, blocks_at, terms
 from .files import comment_prefix
 from .questions import OR_SAY, not_stated
-from .records import Document, Drop, Evidence, Kind, Row, StrictModel
+from .records import Document, Drop, Evidence, Kind, Row
 from .rules import FACT_TASKS, Case, Facts, count_word
 
 

@@ -23,11 +23,11 @@ from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_sha256
 from .corpora import CORPORA, Corpus, two_letter
 from .files import (
     BadItem,
     archive_members,
-    check_sha256,
     comment_prefix,
     decode_text,
     expand_paths,

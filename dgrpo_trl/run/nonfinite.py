@@ -8,12 +8,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .heads import CompletionOutput
-from .prefix import unpadded
+from ..scoring import CompletionOutput
+from ..shared_prefix.packing import unpadded
 
 
 if TYPE_CHECKING:
-    from .trainer import DGRPOTrainer
+    from ..trainer import DGRPOTrainer
 
 logger = get_logger(__name__)
 

@@ -42,7 +42,7 @@ import openai
 from aiolimiter import AsyncLimiter
 from pydantic import Field
 
-from .records import StrictModel
+from ..strict_model import StrictModel
 from .tokens import load_token_counter
 
 

@@ -22,11 +22,12 @@ import yaml
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from .config import DGRPOConfig
-from .data import max_positions, prompt_token_counter, rope_scaling, trained_positions
-from .losses import TILE_TOKENS
-from .prefix import obstacle
-from .teacher import BASE_TEACHER, check_vocabularies, load_teacher_config
+from ..chat import prompt_token_counter
+from ..checks import max_positions, rope_scaling, trained_positions
+from ..config import DGRPOConfig
+from ..losses import TILE_TOKENS
+from ..shared_prefix.packing import obstacle
+from ..teacher import BASE_TEACHER, check_vocabularies, load_teacher_config
 
 
 GIB = 2**30

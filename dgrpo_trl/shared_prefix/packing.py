@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .prefix_attention import Group, PrefixLayout
+from .attention import Group, PrefixLayout
 
 
 # Model types whose packed forward equals the plain one, values and gradients: the tests run each of them, the first

@@ -1,0 +1,79 @@
+"""Prompts as chats: literal control tokens in them, and their length in tokens."""
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from .text import break_special_tokens
+
+
+Prompt = str | list[dict]
+
+
+def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Breaks up every special token of `tokenizer` that stands literally in `text`, so that it stays text.
+
+    A zero-width space (U+200B) goes in after the first character: `<|im_end|>` then tokenises as the characters that a
+    reader sees, never as the control token. Text without such literals is returned unchanged.
+
+    Args:
+        text (`str`):
+            A document or a question; not a rendered chat template, whose control tokens are meant.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decides what is special.
+
+    Returns:
+        `str`
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return break_special_tokens(text, special | set(tokenizer.all_special_tokens))
+
+
+def escape_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """`messages` with `escape_special_tokens` applied to what others wrote: all roles but the assistant's."""
+    return [
+        message if message["role"] == "assistant" else {**message, "content": _escape_content(message, tokenizer)}
+        for message in messages
+    ]
+
+
+def _escape_content(message: dict, tokenizer: PreTrainedTokenizerBase) -> str | list | None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return escape_special_tokens(content, tokenizer)
+    if isinstance(content, list):
+        return [
+            {**part, "text": escape_special_tokens(part["text"], tokenizer)} if part.get("type") == "text" else part
+            for part in content
+        ]
+    return content
+
+
+def num_bytes(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    total = 0
+    for message in prompt:
+        content = message.get("content") or ""
+        texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+        total += sum(len(text.encode()) for text in texts)
+    return total
+
+
+def prompt_token_counter(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, tools: list[Callable] | None
+) -> Callable[[Sequence[Prompt]], list[int]]:
+    """A function from prompts to their lengths in tokens, as the trainer will tokenise them."""
+
+    def count(prompts: Sequence[Prompt]) -> list[int]:
+        if is_conversational({"prompt": prompts[0]}):
+            escaped = [escape_messages(prompt, tokenizer) for prompt in prompts]
+            encoded = tokenizer.apply_chat_template(
+                escaped, tools=tools or None, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
+            )
+        else:
+            encoded = tokenizer(list(prompts))
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    return count
