@@ -7,7 +7,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .losses import DIVERGENCES
-from .shared_prefix.attention import BACKENDS
+from .shared_prefix import BACKENDS
 
 
 SHARED_PREFIX_MODES = ("auto", "on", "off")
@@ -62,7 +62,7 @@ class DGRPOConfig(GRPOConfig):
             of its prompt, as TRL does.
         shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
             Attention kernels of packed rows: `"flash_attention_3"`, `"flash_attention_2"`, `"torch"` (what PyTorch is
-            built with) or `"math"` (plain matrix products); see [`~prefix_attention.choose_kernel`].
+            built with) or `"math"` (plain matrix products); see [`~shared_prefix.choose_kernel`].
         max_tokens_per_micro_batch (`int`, *optional*):
             Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the whole, the
             memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and

@@ -10,7 +10,7 @@ from trl.trainer.utils import pad
 
 from .losses import Distillation
 from .scoring import CompletionOutput, CompletionScoring
-from .shared_prefix.packing import pack, prompt_keys, split_by_tokens, unpadded
+from .shared_prefix import pack, prompt_keys, split_by_tokens, unpadded
 
 
 @dataclass(frozen=True)

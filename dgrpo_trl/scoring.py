@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .losses import Distillation, LMHead, token_terms
-from .shared_prefix.packing import PackedRollouts, no_mask
+from .shared_prefix import PackedRollouts, no_mask
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,15 @@ from .run.heatmap import Inspector, render_heatmap, tail, write_heatmap
 from .run.nonfinite import NonFiniteGuard
 from .run.vllm_server import ServerLost, report_losses, wait_for_server
 from .scoring import CompletionOutput, add_completion_scoring, load_balancing_loss
-from .shared_prefix.attention import register
-from .shared_prefix.packing import ExactnessCheck, group_rows, obstacle, prompt_keys, share_prefill, unpadded
+from .shared_prefix import (
+    ExactnessCheck,
+    group_rows,
+    prompt_keys,
+    register,
+    share_prefill,
+    unpadded,
+    unsupported_reason,
+)
 from .teacher import (
     BASE_TEACHER,
     Teacher,
@@ -243,10 +250,10 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         model_config = _load_config(model, args)
         config = model_config.get_text_config()
         positions = teacher_positions = max_positions(config)
-        _refuse_obstacle(obstacle(model_config), "the student", args)
+        _refuse_unsupported(unsupported_reason(model_config), "the student", args)
         if self._distills and teacher != BASE_TEACHER:
             teacher_model_config = load_teacher_config(teacher, args)
-            _refuse_obstacle(obstacle(teacher_model_config), "the teacher", args)
+            _refuse_unsupported(unsupported_reason(teacher_model_config), "the teacher", args)
             teacher_config = teacher_model_config.get_text_config()
             check_vocabularies(tokenizer, teacher, args, config.vocab_size, teacher_config.vocab_size)
             teacher_positions = max_positions(teacher_config)
@@ -275,13 +282,13 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             return False
         config = base_model(self.accelerator.unwrap_model(model)).config
         implementation = config._attn_implementation
-        reason = obstacle(config)
+        reason = unsupported_reason(config)
         if reason is None and is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             reason = "its adapter puts virtual tokens before the prompt"
         if reason is None and not (implementation == "sdpa" or "flash" in implementation):
             reason = f"its attention implementation is {implementation!r}, not 'sdpa' or a flash one"
         if reason is not None:
-            _refuse_obstacle(reason, name, self.args)
+            _refuse_unsupported(reason, name, self.args)
             logger.warning(
                 f"Shared prefix: off for {name}: {reason}. Every completion runs with a copy of its prompt."
             )
@@ -673,7 +680,7 @@ def _regroup(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return split_tensor_dict(whole, len(micro_batches))
 
 
-def _refuse_obstacle(reason: str | None, name: str, args: DGRPOConfig) -> None:
+def _refuse_unsupported(reason: str | None, name: str, args: DGRPOConfig) -> None:
     if reason is not None and args.shared_prefix == "on":
         raise ValueError(
             f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {reason}. Set it to 'auto', which "

@@ -15,29 +15,30 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dgrpo_trl.rollouts import Rollouts
 from dgrpo_trl.scoring import CompletionScoring, add_completion_scoring, load_balancing_loss, router_sums
-from dgrpo_trl.shared_prefix import attention as prefix_attention
-from dgrpo_trl.shared_prefix import packing as prefix
-from dgrpo_trl.shared_prefix.attention import (
+from dgrpo_trl.shared_prefix import (
     BACKENDS,
-    FlashAttention2Kernel,
-    FlashAttention3Kernel,
+    SUPPORTED_LAYERS,
     Group,
-    MathKernel,
     PrefixLayout,
-    TorchCPUKernel,
-    TorchFlashKernel,
     check_kernel,
     choose_kernel,
-    register,
-)
-from dgrpo_trl.shared_prefix.packing import (
-    FULL_ATTENTION_MODEL_TYPES,
-    SLIDING_WINDOW_MODEL_TYPES,
-    obstacle,
+    kernels,
     pack,
+    packed_attention,
+    register,
     share_prefill,
+    shared_prefix_attention,
     split_by_tokens,
+    unsupported_reason,
 )
+from dgrpo_trl.shared_prefix.kernels import (
+    FlashAttention2Kernel,
+    FlashAttention3Kernel,
+    MathKernel,
+    TorchCPUKernel,
+    TorchFlashKernel,
+)
+from dgrpo_trl.shared_prefix.support import SLIDING
 
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def random_qkv(layout, dtype=torch.float64, head_dim=8):
 @pytest.mark.parametrize("kernel", [MathKernel(), TorchCPUKernel()], ids=lambda kernel: type(kernel).__name__)
 def test_attention_and_gradients_equal_the_definition(kernel, window):
     qkv = random_qkv(LAYOUT)
-    out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, window, kernel)
+    out = packed_attention(*qkv, LAYOUT, 0.3, window, kernel)
     expected = naive_attention(*qkv, LAYOUT, 0.3, window)
     grad = torch.randn_like(out)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -94,7 +95,7 @@ def test_attention_passes_gradcheck():
     layout = PrefixLayout((Group(0, 5, (2, 3)),))
 
     def attention(q, k, v):
-        return prefix_attention._SharedPrefixAttention.apply(q, k, v, layout, 0.3, None, TorchCPUKernel())
+        return packed_attention(q, k, v, layout, 0.3, None, TorchCPUKernel())
 
     assert torch.autograd.gradcheck(attention, random_qkv(layout, head_dim=3))
 
@@ -103,17 +104,17 @@ def test_attention_passes_gradcheck():
 def test_bfloat16_attention_is_as_close_as_rounding_allows(kernel):
     qkv = random_qkv(LAYOUT)
     expected = naive_attention(*qkv, LAYOUT, 0.3, None)
-    out = prefix_attention._SharedPrefixAttention.apply(*(x.bfloat16() for x in qkv), LAYOUT, 0.3, None, kernel)
+    out = packed_attention(*(x.bfloat16() for x in qkv), LAYOUT, 0.3, None, kernel)
     assert out.dtype == torch.bfloat16
     assert (out - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("tile", [16, 17, 1024])
 def test_the_math_kernel_does_not_depend_on_its_tiles(monkeypatch, tile):
-    monkeypatch.setattr(prefix_attention, "MAX_SCORES", tile * 4 * 37)
+    monkeypatch.setattr(kernels, "MAX_SCORES", tile * 4 * 37)
     check_kernel(MathKernel(), CPU, torch.float64, 8)
     qkv = random_qkv(LAYOUT)
-    out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, 8, MathKernel())
+    out = packed_attention(*qkv, LAYOUT, 0.3, 8, MathKernel())
     torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, 8), rtol=0, atol=1e-13)
 
 
@@ -123,7 +124,7 @@ def test_no_mask_and_no_copy_of_the_prompt_is_made():
         layout = PrefixLayout((Group(0, 16384, (8,) * num_branches),))
         qkv = random_qkv(layout, torch.float32)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            out = prefix_attention._SharedPrefixAttention.apply(*qkv, layout, 0.3, None, TorchCPUKernel())
+            out = packed_attention(*qkv, layout, 0.3, None, TorchCPUKernel())
             out.sum().backward()
         sizes = [event.self_cpu_memory_usage for event in profile.events()]
         # Outputs and gradients are as large as the queries; 8 copies of the prompt's keys would be 4 times that
@@ -200,7 +201,7 @@ def test_the_flash_packages_are_called_as_published(kernel, head_dim):
     check_kernel(kernel, CPU, torch.float32, head_dim)
     for window in (None, 8):
         qkv = random_qkv(LAYOUT, head_dim=head_dim)
-        out = prefix_attention._SharedPrefixAttention.apply(*qkv, LAYOUT, 0.3, window, kernel)
+        out = packed_attention(*qkv, LAYOUT, 0.3, window, kernel)
         torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, window), rtol=0, atol=1e-12)
 
 
@@ -223,9 +224,9 @@ class BrokenKernel(MathKernel):
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
     with pytest.raises(RuntimeError, match="its dk is off by"):
         check_kernel(BrokenKernel(), CPU, torch.float32, 8)
-    make_kernel = prefix_attention._make_kernel
+    make_kernel = kernels._make_kernel
     monkeypatch.setattr(
-        prefix_attention,
+        kernels,
         "_make_kernel",
         lambda name, device: BrokenKernel() if name == "torch" else make_kernel(name, device),
     )
@@ -256,8 +257,8 @@ def kernels_package(monkeypatch):
         return types.SimpleNamespace(flash_attn_varlen_func=reference_attention_function)
 
     monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(install_kernel=install_kernel))
-    monkeypatch.setattr(prefix_attention, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(prefix_attention.hub_kernels, "get_kernel", get_kernel)
+    monkeypatch.setattr(kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(kernels.hub_kernels, "get_kernel", get_kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return calls
 
@@ -267,14 +268,14 @@ def reference_attention_function():
 
 
 def test_auto_takes_flash_attention_from_the_cache_of_kernels(kernels_package):
-    candidates = prefix_attention._candidates(torch.device("cuda", 0), torch.bfloat16, 64)
+    candidates = kernels._candidates(torch.device("cuda", 0), torch.bfloat16, 64)
     assert candidates == ["flash_attention_2", "torch", "math"]
     assert all(local_files_only for *_, local_files_only in kernels_package)  # choosing downloads nothing
     assert isinstance(kernels_package[-1][1], int)  # `kernels` refuses a repository without its version
 
 
 def test_flash_attention_from_kernels_is_asked_for_by_version(kernels_package):
-    module = prefix_attention._flash_module("flash_attention_2")
+    module = kernels._flash_module("flash_attention_2")
     assert module is sys.modules[__name__]
     ((repo_id, version),) = kernels_package
     assert "flash-attn2" in repo_id and isinstance(version, int)
@@ -297,7 +298,7 @@ def test_cuda_attention_equals_the_definition(backend, window):
     qkv = random_qkv(LAYOUT, head_dim=64)
     expected = naive_attention(*qkv, LAYOUT, 0.125, window)
     rounded = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv]
-    out = prefix_attention._SharedPrefixAttention.apply(*rounded, LAYOUT, 0.125, window, kernel)
+    out = packed_attention(*rounded, LAYOUT, 0.125, window, kernel)
     gradients = torch.autograd.grad(out, rounded, torch.ones_like(out))
     wanted = torch.autograd.grad(expected, qkv, torch.ones_like(expected))
     for a, b in zip((out, *gradients), (expected, *wanted), strict=True):
@@ -405,8 +406,8 @@ WINDOW = {
     "max_window_layers": 0,
 }
 ALLOWED = [
-    *((model_type, {}) for model_type in sorted(SLIDING_WINDOW_MODEL_TYPES | FULL_ATTENTION_MODEL_TYPES)),
-    *((model_type, WINDOW) for model_type in sorted(SLIDING_WINDOW_MODEL_TYPES)),
+    *((model_type, {}) for model_type in SUPPORTED_LAYERS),
+    *((model_type, WINDOW) for model_type, layers in SUPPORTED_LAYERS.items() if SLIDING in layers),
 ]
 
 
@@ -509,7 +510,7 @@ def no_casts():
 @pytest.mark.parametrize(("model_type", "options"), ALLOWED, ids=lambda value: value if isinstance(value, str) else "")
 def test_values_and_gradients_of_every_allowed_model_type(model_type, options):
     model = tiny_model(model_type, **options)
-    assert obstacle(model.config) is None
+    assert unsupported_reason(model.config) is None
     logps, gradients = errors(model)
     assert logps <= 1e-5 and gradients <= 1e-5
     model.double()
@@ -522,7 +523,7 @@ def test_values_and_gradients_of_every_allowed_model_type(model_type, options):
 def test_models_with_their_window_in_the_mask_alone_are_wrong_and_refused(model_type):
     model = tiny_model(model_type, **{**EXPERTS, **WINDOW})
     assert errors(model)[0] > 0.1
-    assert obstacle(model.config) is not None
+    assert unsupported_reason(model.config) is not None
 
 
 def test_long_rope_and_tied_embeddings():
@@ -627,15 +628,15 @@ def test_control_a_detached_prompt_passes_for_its_values_and_fails_for_its_gradi
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "soft-caps its attention scores"),
     ],
 )
-def test_obstacles(model_type, options, reason):
+def test_unsupported_models(model_type, options, reason):
     config = transformers.AutoConfig.for_model(model_type, **({**SIZES, **options} if options else {}))
-    assert reason in obstacle(config)
+    assert reason in unsupported_reason(config)
 
 
 def test_what_the_kernels_cannot_express_raises_in_the_layer():
     module, tensor = torch.nn.Module(), torch.zeros(1, 2, 3, 8)
     layout = PrefixLayout((Group(0, 1, (2,)),))
-    attend = prefix_attention.shared_prefix_attention
+    attend = shared_prefix_attention
     with pytest.raises(NotImplementedError, match="`s_aux`"):
         attend(module, tensor, tensor, tensor, layout, s_aux=torch.zeros(2))
     with pytest.raises(NotImplementedError, match="dropout"):
@@ -732,7 +733,3 @@ def test_a_packed_row_counts_the_router_as_the_plain_rows_do():
         sums = rollouts.forward(model, shares_prefix=True, with_router=True).router_sums
     expected = load_balancing_loss_func(tuple(layer.float() for layer in logits), 4, 2, mask).double()
     torch.testing.assert_close(load_balancing_loss(sums), expected, rtol=1e-6, atol=0)
-
-
-def test_the_allow_lists_do_not_overlap():
-    assert not prefix.SLIDING_WINDOW_MODEL_TYPES & prefix.FULL_ATTENTION_MODEL_TYPES

@@ -15,8 +15,8 @@ from trl import GRPOTrainer, TrlParser
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.losses import LOSS_TYPES
 from dgrpo_trl.rollouts import Rollouts
-from dgrpo_trl.shared_prefix import packing as prefix
-from dgrpo_trl.shared_prefix.attention import Group, MathKernel, PrefixLayout
+from dgrpo_trl.shared_prefix import SUPPORTED_LAYERS, Group, PrefixLayout, pack
+from dgrpo_trl.shared_prefix.kernels import MathKernel
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}
@@ -33,7 +33,7 @@ def packed_tokens(monkeypatch):
     """Tokens of every packed row that is run."""
     lengths = []
 
-    def recording(*args, original=prefix.pack, **kwargs):
+    def recording(*args, original=pack, **kwargs):
         packed = original(*args, **kwargs)
         lengths.append(packed.layout.num_tokens)
         return packed
@@ -392,8 +392,7 @@ def windowed_experts(seed=0):
 def test_a_model_that_turns_out_wrong_is_caught_when_rows_outgrow_its_window(
     make_trainer, make_model, monkeypatch, seen_logs, who
 ):
-    allowed = prefix.SLIDING_WINDOW_MODEL_TYPES | {"qwen2_moe"}  # as if it had been listed by mistake
-    monkeypatch.setattr(prefix, "SLIDING_WINDOW_MODEL_TYPES", allowed)
+    monkeypatch.setitem(SUPPORTED_LAYERS, "qwen2_moe", SUPPORTED_LAYERS["qwen3_moe"])  # as if by mistake
     short, long = ([{"role": "user", "content": content}] for content in ("Number?", "A long, long document. " * 9))
 
     def trainer(shared_prefix):
@@ -435,7 +434,7 @@ def test_the_comparison_fails_for_nan(make_trainer):
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["right", "completions see each other"])
 def test_the_comparison_tells_wrong_from_rounded_in_bfloat16(make_trainer, monkeypatch, breaks):
-    def one_branch(*args, original=prefix.pack, **kwargs):
+    def one_branch(*args, original=pack, **kwargs):
         packed = original(*args, **kwargs)
         groups = (Group(g.start, g.prefix_length, (sum(g.branch_lengths),)) for g in packed.layout.groups)
         return replace(packed, layout=PrefixLayout(tuple(groups)))

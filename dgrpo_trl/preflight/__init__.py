@@ -26,7 +26,7 @@ from ..chat import prompt_token_counter
 from ..checks import max_positions, rope_scaling, trained_positions
 from ..config import DGRPOConfig
 from ..losses import TILE_TOKENS
-from ..shared_prefix.packing import obstacle
+from ..shared_prefix import unsupported_reason
 from ..teacher import BASE_TEACHER, check_vocabularies, load_teacher_config
 
 
@@ -388,7 +388,7 @@ class _Look:
             )
         epoch_tokens = (statistics.mean(lengths) + group * completion) * len(self.dataset)
         add("tokens an epoch", f"{epoch_tokens / 1e6:,.1f} million at most, prompts once")
-        reason = None if args.shared_prefix == "off" else obstacle(self.config)
+        reason = None if args.shared_prefix == "off" else unsupported_reason(self.config)
         shares = args.shared_prefix != "off" and reason is None
         add("shared prefix", "on" if shares else f"off: {reason or 'so configured'}")
         self._rollout_memory(max(lengths), completion, shares, teacher_shape, max(teacher_lengths or [0]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..scoring import CompletionOutput
-from ..shared_prefix.packing import unpadded
+from ..shared_prefix import unpadded
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,41 @@
+"""The shared prefix: a prompt runs once for all its completions, in training and in the prefill of generation."""
+
+from .attention import packed_attention, register, shared_prefix_attention
+from .kernels import BACKENDS, Kernel, check_kernel, choose_kernel
+from .packing import (
+    Group,
+    PackedRollouts,
+    PrefixLayout,
+    group_rows,
+    no_mask,
+    pack,
+    prompt_keys,
+    split_by_tokens,
+    unpadded,
+)
+from .sharing import ExactnessCheck, share_prefill
+from .support import SUPPORTED_LAYERS, unsupported_reason
+
+
+__all__ = [
+    "BACKENDS",
+    "ExactnessCheck",
+    "Group",
+    "Kernel",
+    "PackedRollouts",
+    "PrefixLayout",
+    "SUPPORTED_LAYERS",
+    "check_kernel",
+    "choose_kernel",
+    "group_rows",
+    "no_mask",
+    "pack",
+    "packed_attention",
+    "prompt_keys",
+    "register",
+    "share_prefill",
+    "shared_prefix_attention",
+    "split_by_tokens",
+    "unpadded",
+    "unsupported_reason",
+]

@@ -1,61 +1,77 @@
-"""The shared prefix: rollouts packed so that a prompt runs once for all its completions, and where that is exact."""
+"""Rollouts as one packed row, in which a prompt runs once for all its completions."""
 
-import types
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-
-from .attention import Group, PrefixLayout
 
 
-# Model types whose packed forward equals the plain one, values and gradients: the tests run each of them, the first
-# ones with sliding-window layers as well. Others may be exact too, or silently wrong: linear attention, convolutions
-# and chunks take the row for one text, and some families (qwen2_moe) keep their window in the mask alone.
-SLIDING_WINDOW_MODEL_TYPES = frozenset(
-    "cohere2 cwm exaone4 gemma3_text ministral ministral3 mistral mixtral olmo3 phi3 qwen2 qwen3 qwen3_moe smollm3 "
-    "starcoder2".split()
-)
-FULL_ATTENTION_MODEL_TYPES = frozenset(
-    "apertus arcee cohere deepseek_v2 deepseek_v3 ernie4_5 gemma glm glm4 glm4_moe gpt_neox granite granitemoe helium "
-    "hunyuan_v1_dense llama minicpm3 minimax_m2 olmo olmo2 olmoe phi qwen2_moe seed_oss".split()
-)
-
-
-def obstacle(config: PreTrainedConfig) -> str | None:
-    """Why a model of this configuration cannot run packed rows exactly, or `None` if it can.
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions in a packed row; all numbers are in tokens.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The model's own, not its text part.
-
-    Returns:
-        `str` or `None`
+        start (`int`):
+            Where the prefix begins in the row.
+        prefix_length (`int`):
+            Tokens of the prefix, which may be none.
+        branch_lengths (`tuple[int, ...]`):
+            Tokens of each branch, at least one.
     """
-    model_type, values = config.model_type, config.to_dict()
-    if model_type not in SLIDING_WINDOW_MODEL_TYPES | FULL_ATTENTION_MODEL_TYPES:
-        return f"model type {model_type!r} is not among those that were tested"
-    layer_types = set(values.get("layer_types") or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        return f"it has layers of type {', '.join(sorted(unknown))}"
-    has_window = "sliding_attention" in layer_types or (
-        values.get("sliding_window") is not None and values.get("use_sliding_window") is not False and not layer_types
-    )
-    if has_window and model_type not in SLIDING_WINDOW_MODEL_TYPES:
-        return f"the sliding window of {model_type!r} was not tested"
-    if values.get("attn_logit_softcapping") is not None:
-        return "it soft-caps its attention scores"
-    if values.get("attention_dropout"):
-        return f"it has an attention dropout of {values['attention_dropout']}"
-    return None
+
+    start: int
+    prefix_length: int
+    branch_lengths: tuple[int, ...]
+
+    @property
+    def prefix(self) -> slice:
+        return slice(self.start, self.start + self.prefix_length)
+
+    @property
+    def branches(self) -> slice:
+        return slice(self.prefix.stop, self.prefix.stop + sum(self.branch_lengths))
+
+    @property
+    def branch_starts(self) -> list[int]:
+        return list(accumulate(self.branch_lengths[:-1], initial=self.prefix.stop))
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where prompts and completions lie in a packed row, which the groups fill one after the other.
+
+    Args:
+        groups (`tuple[Group, ...]`):
+            At least one.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            One of `BACKENDS`, see [`choose_kernel`].
+    """
+
+    groups: tuple[Group, ...]
+    backend: str = "auto"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.groups[-1].branches.stop
+
+    @functools.cached_property
+    def segments(self) -> tuple[int, ...]:
+        """Lengths of prefixes and branches, in the order of the row."""
+        lengths = [n for group in self.groups for n in (group.prefix_length, *group.branch_lengths)]
+        return tuple(n for n in lengths if n > 0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prefix with one of its branches."""
+        return max(group.prefix_length + max(group.branch_lengths) for group in self.groups)
 
 
 @dataclass(frozen=True)
 class PackedRollouts:
-    """Rollouts as one packed row of L tokens, see `prefix_attention`.
+    """Rollouts as one packed row of L tokens, see [`~shared_prefix.shared_prefix_attention`].
 
     Args:
         input_ids (`torch.Tensor` of shape `(1, L)`):
@@ -165,46 +181,6 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=device)
 
 
-def share_prefill(model: PreTrainedModel) -> None:
-    """Makes `model.generate` run equal prompts of a batch once, and copy their keys and values to all its rows.
-
-    Only the first forward over the prompts changes; it stays one forward, so ranks that generate in step still do. The
-    generation modes that do not start from an empty `DynamicCache` are left as they are.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model to patch; the base model, where PEFT wraps it.
-    """
-    original_prefill = model._prefill
-
-    def prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        cache = model_kwargs.get("past_key_values")
-        starts_empty = type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
-        returns_more = generation_config.output_hidden_states or generation_config.output_attentions
-        if not starts_empty or returns_more or model_kwargs.get("inputs_embeds") is not None:
-            return original_prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        attention_mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        groups = group_rows(prompt_keys(unpadded(input_ids, mask)))
-        batch_size = len(input_ids)
-        first_rows = torch.tensor([rows[0] for rows in groups], device=input_ids.device)
-        shared_kwargs = {
-            name: value[first_rows]
-            if isinstance(value, Tensor) and value.dim() and len(value) == batch_size
-            else value
-            for name, value in model_kwargs.items()
-        }
-        outputs = original_prefill(input_ids[first_rows], generation_config, shared_kwargs, *args, **kwargs)
-        group_of_row = torch.empty(batch_size, dtype=torch.long, device=input_ids.device)
-        for group, rows in enumerate(groups):
-            group_of_row[rows] = group
-        outputs.past_key_values.batch_select_indices(group_of_row)
-        outputs.logits = outputs.logits[group_of_row]
-        return outputs
-
-    model._prefill = types.MethodType(prefill, model)
-
-
 def split_by_tokens(
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[int],
@@ -245,87 +221,3 @@ def split_by_tokens(
         seen.add(key)
         num_tokens += cost
     return parts
-
-
-class ExactnessCheck:
-    """Compares packed with plain forwards of one model while it trains: the second line of defence after `obstacle`.
-
-    It runs two rollouts of one prompt both ways, on the first batch that has two and whenever the longest has doubled:
-    a window, for instance, shows only in rows that are longer. All ranks take part, whatever their own batch holds,
-    and come to the same result.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Reduces lengths and errors over all ranks.
-        tolerance (`float`):
-            For the largest relative error of a state in float32.
-        low_precision_tolerance (`float`):
-            For the mean relative error of a rollout's states in bfloat16 and float16. On SmolLM2-135M rounding alone
-            gives 0.01; completions that see each other, or positions that are not restarted, give 0.2 and more.
-    """
-
-    def __init__(self, accelerator: Accelerator, tolerance: float = 1e-3, low_precision_tolerance: float = 0.05):
-        self.accelerator = accelerator
-        self.tolerance = tolerance
-        self.low_precision_tolerance = low_precision_tolerance
-        self.checked_length = 0  # tokens of the longest rollout that was compared, over all ranks
-        self.error = 0.0  # the last one, over all ranks
-
-    def is_due(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> bool:
-        """Whether these rollouts, of whatever length on each rank, are to be compared. A collective call."""
-        length, _ = self._longest_pair(prompts, completions)
-        longest = self._maximum(length)
-        if longest == 0 or longest < 2 * self.checked_length:
-            return False
-        self.checked_length = int(longest)
-        return True
-
-    @torch.no_grad()
-    def passes(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        states: Callable[[list[list[int]], list[list[int]], bool], Tensor],
-    ) -> bool:
-        """Runs two rollouts both ways, and compares. A collective call.
-
-        Args:
-            prompts, completions (`Sequence[Sequence[int]]`):
-                Rollouts, in token ids.
-            states (`Callable`):
-                From prompts, completions, and whether to share, the `(N, H)` states of the model that predict the
-                completion tokens.
-
-        Returns:
-            `bool`: The same on all ranks.
-        """
-        _, rows = self._longest_pair(prompts, completions)
-        pair = [list(prompts[i]) for i in rows], [list(completions[i]) for i in rows]
-        # One row at a time: two long ones may not fit, and a padded row would have other positions
-        plain = torch.cat([states([prompt], [completion], False) for prompt, completion in zip(*pair, strict=True)])
-        shared = states(*pair, True)
-        errors = (shared.float() - plain.float()).norm(dim=-1) / plain.float().norm(dim=-1)
-        is_low = plain.dtype in (torch.bfloat16, torch.float16) or self.accelerator.mixed_precision in ("bf16", "fp16")
-        if len(errors) == 0:
-            error = 0.0
-        elif is_low:  # the first completion is right whatever the second one sees
-            lengths = [len(completion) for completion in pair[1]]
-            error = torch.stack([part.mean() for part in errors.split(lengths)]).max().item()
-        else:
-            error = errors.max().item()
-        self.error = self._maximum(error)
-        return self.error <= (self.low_precision_tolerance if is_low else self.tolerance)  # not for NaN
-
-    def _maximum(self, value: float) -> float:
-        return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max().item()
-
-    @staticmethod
-    def _longest_pair(prompts, completions) -> tuple[int, list[int]]:
-        """Length and rows of the longest two rollouts of one prompt that have tokens to score; 0 if none has."""
-        best, best_rows = 0, [0]
-        for rows in group_rows([tuple(prompt) for prompt in prompts]):
-            rows = sorted(rows, key=lambda i: len(completions[i]))[-2:]
-            length = len(prompts[rows[0]]) + len(completions[rows[-1]])
-            if len(rows) == 2 and len(completions[rows[0]]) > 0 and length > best:
-                best, best_rows = length, rows
-        return best, best_rows
