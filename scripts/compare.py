@@ -10,8 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from dgrpo_trl.evaluation.comparison import compare_runs, compare_training, read_run
-from dgrpo_trl.evaluation.comparison_page import to_markdown, write_comparison
+from dgrpo_trl.evaluation.compare.page import to_markdown, write_comparison
+from dgrpo_trl.evaluation.compare.statistics import compare_runs, compare_training, read_run
 
 
 def named_folders(texts: list[str]) -> dict[str, list[str]]:

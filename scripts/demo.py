@@ -17,8 +17,7 @@ import torch
 from stages import SCRIPTS, Stage, has_bf16_instructions, peak_gib, run_stages
 
 from dgrpo_trl import longblocks
-from dgrpo_trl.evaluation import summarize_accuracy
-from dgrpo_trl.evaluation.report import read_log_history, write_report
+from dgrpo_trl.evaluation.report import read_log_history, summarize_accuracy, write_report
 
 
 RECIPES = SCRIPTS.parent / "recipes" / "smollm2-135m"

@@ -10,7 +10,9 @@ Writes `results.json`, `results.md` and `heatmap.png`. Started again after it wa
 
 from trl import TrlParser
 
-from dgrpo_trl.evaluation.runs import EvaluationArguments, EvaluationRun, results_table
+from dgrpo_trl.evaluation.arguments import EvaluationArguments
+from dgrpo_trl.evaluation.results import results_table
+from dgrpo_trl.evaluation.runs import EvaluationRun
 
 
 def main(args: EvaluationArguments) -> None:

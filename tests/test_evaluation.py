@@ -7,11 +7,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dgrpo_trl.evaluation import generate_completions, summarize_accuracy, wilson_interval
+from dgrpo_trl.evaluation import generate_completions, wilson_interval
 from dgrpo_trl.evaluation.generation import _batches
-from dgrpo_trl.evaluation.metrics import exact_match, mentioned
-from dgrpo_trl.evaluation.runs import Cell, score_cell
-from dgrpo_trl.evaluation.tasks import Sample
+from dgrpo_trl.evaluation.report import summarize_accuracy
+from dgrpo_trl.evaluation.results import score_cell
+from dgrpo_trl.evaluation.samples import Cell, Sample
+from dgrpo_trl.evaluation.scores import exact_match, mentioned
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import pytest
 from test_recipes import script
 from trl import TrlParser
 
-from dgrpo_trl.evaluation.curves import area_under_curve, steps_to_reach
-from dgrpo_trl.evaluation.runs import EvaluationArguments
+from dgrpo_trl.evaluation.arguments import EvaluationArguments
+from dgrpo_trl.evaluation.compare.training import area_under_curve, steps_to_reach
 
 
-comparison = pytest.importorskip("dgrpo_trl.evaluation.comparison")
+comparison = pytest.importorskip("dgrpo_trl.evaluation.compare.statistics")
 compare_runs, compare_training, read_run = comparison.compare_runs, comparison.compare_training, comparison.read_run
 
 

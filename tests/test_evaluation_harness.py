@@ -8,7 +8,8 @@ import pytest
 from trl import TrlParser
 
 from dgrpo_trl.evaluation import harness
-from dgrpo_trl.evaluation.runs import EvaluationArguments, EvaluationRun
+from dgrpo_trl.evaluation.arguments import EvaluationArguments
+from dgrpo_trl.evaluation.runs import EvaluationRun
 
 
 lm_eval = pytest.importorskip("lm_eval")

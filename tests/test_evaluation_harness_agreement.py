@@ -11,8 +11,9 @@ pytest.importorskip("lm_eval")
 
 from test_evaluation_tasks import build_words_tokenizer  # noqa: E402
 
-from dgrpo_trl.evaluation.metrics import string_match_all
-from dgrpo_trl.evaluation.tasks import NOISE_LINE, make_samples
+from dgrpo_trl.evaluation.haystack import NOISE_LINE
+from dgrpo_trl.evaluation.ruler import make_samples
+from dgrpo_trl.evaluation.scores import string_match_all
 
 
 NUM_SAMPLES = 4

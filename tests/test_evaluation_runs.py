@@ -9,16 +9,12 @@ import pytest
 import torch
 from trl import TrlParser
 
-from dgrpo_trl.evaluation import runs
-from dgrpo_trl.evaluation.runs import (
-    Cell,
-    EvaluationArguments,
-    EvaluationRun,
-    results_table,
-    score_cell,
-    score_interval,
-)
-from dgrpo_trl.evaluation.tasks import Sample
+from dgrpo_trl.evaluation import overlap, results, runs
+from dgrpo_trl.evaluation.arguments import EvaluationArguments
+from dgrpo_trl.evaluation.results import results_table, score_cell
+from dgrpo_trl.evaluation.runs import EvaluationRun
+from dgrpo_trl.evaluation.samples import Cell, Sample
+from dgrpo_trl.evaluation.scores import score_interval
 
 
 TASKS = ["niah_single_1", "cwe"]
@@ -155,7 +151,7 @@ def test_a_cell_half_written_is_not_there(arguments, answers_with, monkeypatch):
     def fail(*_):
         raise Stopped
 
-    monkeypatch.setattr(runs.os, "replace", fail)
+    monkeypatch.setattr(results.os, "replace", fail)
     with pytest.raises(Stopped):
         EvaluationRun(args).run()
     assert not list(Path(args.output_dir).rglob("*.json"))
@@ -257,7 +253,7 @@ def test_what_cannot_run_is_said_before_weights_load(arguments, questions, monke
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 10**9])
 def test_every_prompt_is_compared_with_the_training_data(arguments, tmp_path, monkeypatch, tokens_per_pass):
-    monkeypatch.setattr(runs, "_TOKENS_PER_PASS", tokens_per_pass)
+    monkeypatch.setattr(overlap, "_TOKENS_PER_PASS", tokens_per_pass)
     values = {"tasks": TASKS, "lengths": LENGTHS, "overwrite": True}
     prompts = [
         sample.messages[0]["content"] for cell in EvaluationRun(arguments(**values)).cells for sample in cell.make()

@@ -13,26 +13,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
-from dgrpo_trl.evaluation import tasks
-from dgrpo_trl.evaluation.metrics import METRICS, exact_match, string_match_all, string_match_part
-from dgrpo_trl.evaluation.tasks import (
-    NEEDLES,
-    NOISE,
-    NOISE_LINE,
-    RULER_TASKS,
-    TEXT_TASKS,
-    Haystack,
-    Sample,
-    make_samples,
-    prompt_text,
-    question_samples,
-    shared_ngrams,
-)
+from dgrpo_trl.evaluation import ruler
+from dgrpo_trl.evaluation.haystack import NEEDLES, NOISE, NOISE_LINE, Haystack
+from dgrpo_trl.evaluation.overlap import shared_ngrams
+from dgrpo_trl.evaluation.questions import question_samples
+from dgrpo_trl.evaluation.ruler import RULER_TASKS, TEXT_TASKS, make_samples
+from dgrpo_trl.evaluation.samples import Sample, prompt_text
+from dgrpo_trl.evaluation.scores import METRICS, exact_match, string_match_all
+from dgrpo_trl.text import tokenize
 
 
 PROSE = " ".join(
-    f"In the year {1500 + i} the {tasks._ADJECTIVES[i]} people of the town built a {tasks._NOUNS[i]} by the river. "
-    f"Its {tasks._NOUNS[-i - 1]} was of stone, and nobody knew why."
+    f"In the year {1500 + i} the {ruler._ADJECTIVES[i]} people of the town built a {ruler._NOUNS[i]} by the river. "
+    f"Its {ruler._NOUNS[-i - 1]} was of stone, and nobody knew why."
     for i in range(60)
 )
 TEXT = Haystack.from_text(PROSE)
@@ -53,7 +46,7 @@ def build_words_tokenizer(more_words: list[str] = ()) -> PreTrainedTokenizerFast
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     text = [PROSE, NOISE_LINE, "user assistant", " ".join(f"{number}." for number in range(1000))]
-    text += [f"{noun} {noun}{noun}" for noun in tasks._NOUNS]
+    text += [f"{noun} {noun}{noun}" for noun in ruler._NOUNS]
     text += [make_samples(task, 4096, 1, build_tokenizer())[0].messages[0]["content"] for task in ("vt", "fwe")]
     tokenizer.train_from_iterator([*text, *(f" {word}" for word in more_words)] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
@@ -100,24 +93,24 @@ def test_prompt_and_completion_fill_the_length_up_to_one_unit_of_filler(task, le
 def test_a_unit_more_than_fits_would_exceed_the_length(words_tokenizer):
     for task in ("niah_single_1", "niah_multikey_2", "vt", "cwe"):
         found = []
-        draft = RULER_TASKS[task](tasks.Random(f"0:{task}:{LENGTH}:0"), LENGTH, NOISE)
+        draft = RULER_TASKS[task](ruler.Random(f"0:{task}:{LENGTH}:0"), LENGTH, NOISE)
 
         def count(num_units, draft=draft, found=found):
             found.append(num_units)
             text = prompt_text(
                 [{"role": "user", "content": draft.content(num_units)}], draft.answer_prefix, words_tokenizer
             )
-            return tasks._num_tokens(text, words_tokenizer) + draft.max_new_tokens
+            return ruler.count_tokens(text, words_tokenizer) + draft.max_new_tokens
 
-        num_units, tokens = tasks._most_units(count, LENGTH, draft, task)
+        num_units, tokens = ruler._most_units(count, LENGTH, draft, task)
         assert tokens == count(num_units) <= LENGTH
         assert count(num_units + 2) > LENGTH  # one more may fit where less than an average unit is left
 
 
 def test_a_long_sample_takes_few_tokenisations(words_tokenizer, monkeypatch):
     calls = []
-    count = tasks._num_tokens
-    monkeypatch.setattr(tasks, "_num_tokens", lambda *args: calls.append(count(*args)) or calls[-1])
+    count = ruler.count_tokens
+    monkeypatch.setattr(ruler, "count_tokens", lambda *args: calls.append(count(*args)) or calls[-1])
     for task in RULER_TASKS:
         calls.clear()
         make_samples(task, 16384, 2, words_tokenizer, haystack=TEXT)
@@ -132,7 +125,7 @@ def test_a_length_that_cannot_hold_the_task_is_refused_with_what_it_takes(task, 
 
 
 def test_a_length_beyond_the_list_of_words_is_refused(words_tokenizer, monkeypatch):
-    monkeypatch.setattr(tasks, "_COMPOUNDS", tasks._COMPOUNDS[:100])
+    monkeypatch.setattr(ruler, "_COMPOUNDS", ruler._COMPOUNDS[:100])
     with pytest.raises(ValueError, match="'cwe' has words for about"):
         make_samples("cwe", 8192, 1, words_tokenizer)
 
@@ -140,12 +133,12 @@ def test_a_length_beyond_the_list_of_words_is_refused(words_tokenizer, monkeypat
 @given(rate=st.floats(0.2, 40), start=st.integers(0, 200), length=st.integers(200, 100_000), wobble=st.integers(0, 9))
 @settings(deadline=None, max_examples=200)
 def test_the_search_ends_at_the_largest_number_for_any_cost_of_units(rate, start, length, wobble):
-    draft = tasks._Draft(content=str, answer_prefix="", references=("x",), max_new_tokens=0)
+    draft = ruler._Draft(content=str, answer_prefix="", references=("x",), max_new_tokens=0)
 
     def count(num_units):
         return start + int(rate * num_units) + (num_units * 7919 % (wobble + 1)) // 2
 
-    num_units, tokens = tasks._most_units(count, length, draft, "a task")
+    num_units, tokens = ruler._most_units(count, length, draft, "a task")
     assert tokens == count(num_units) <= length
     assert length - tokens <= rate * 2 + 10
 
@@ -216,8 +209,8 @@ def test_each_asked_value_is_in_the_text_once_under_its_key(task, haystack, toke
 
 
 def test_no_distractor_has_a_key_that_is_asked_for(words_tokenizer, monkeypatch):
-    monkeypatch.setattr(tasks, "_ADJECTIVES", ["old", "new"])  # so few that a random one often would
-    monkeypatch.setattr(tasks, "_NOUNS", ["barn", "mill", "pond"])
+    monkeypatch.setattr(ruler, "_ADJECTIVES", ["old", "new"])  # so few that a random one often would
+    monkeypatch.setattr(ruler, "_NOUNS", ["barn", "mill", "pond"])
     for sample in make_samples("niah_multikey_2", LENGTH, 5, words_tokenizer):
         needles = NEEDLE.findall(content(sample))
         (asked,) = [key for _, key, value in needles if value in sample.references]
@@ -350,17 +343,17 @@ def test_the_frequent_words_are_the_three_most_frequent_after_the_dots(length, w
         assert ranked[1][1] / ranked[0][1] == pytest.approx(1 / 4, abs=0.03)
 
 
-@given(st.integers(tasks._MIN_CODED_WORDS, 100_000))
+@given(st.integers(ruler._MIN_CODED_WORDS, 100_000))
 def test_from_the_least_number_of_coded_words_on_there_is_no_tie(num_units):
     shares = [int(num_units * 6 / (3.141592653589793 * rank) ** 2) for rank in range(1, 6)]
     assert shares[1] > shares[2] > shares[3] > shares[4]
 
 
 def test_no_word_of_a_list_is_a_piece_of_another():
-    assert {len(noun) for noun in tasks._NOUNS} == {4}
-    assert len(set(tasks._NOUNS)) == len(tasks._NOUNS) and len(set(tasks._ADJECTIVES)) == len(tasks._ADJECTIVES)
-    assert len(set(tasks._COMPOUNDS)) == len(tasks._COMPOUNDS) == len(tasks._NOUNS) * (len(tasks._NOUNS) - 1)
-    assert all(set(word) <= set(string.ascii_lowercase) for word in [*tasks._NOUNS, *tasks._ADJECTIVES])
+    assert {len(noun) for noun in ruler._NOUNS} == {4}
+    assert len(set(ruler._NOUNS)) == len(ruler._NOUNS) and len(set(ruler._ADJECTIVES)) == len(ruler._ADJECTIVES)
+    assert len(set(ruler._COMPOUNDS)) == len(ruler._COMPOUNDS) == len(ruler._NOUNS) * (len(ruler._NOUNS) - 1)
+    assert all(set(word) <= set(string.ascii_lowercase) for word in [*ruler._NOUNS, *ruler._ADJECTIVES])
 
 
 def test_unknown_tasks_no_samples_and_no_chat_template_are_refused(tokenizer, words_tokenizer):
@@ -388,19 +381,18 @@ def test_arguments_of_the_chat_template_count(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("completion", "references", "all_of", "any_of"),
+    ("completion", "references", "score"),
     [
-        ("It is 1234567.", ["1234567"], 1.0, 1.0),
-        ("It is 123456 7.", ["1234567"], 0.0, 0.0),
-        ("snowLAMP, bearwood", ["snowlamp", "BEARWOOD", "moonmill", "palmrain"], 0.5, 1.0),
-        ("ABC", ["A", "BC"], 1.0, 1.0),
-        ("", ["a"], 0.0, 0.0),
-        ("one\ttwo\n", ["one", "three", "two"], 2 / 3, 1.0),
+        ("It is 1234567.", ["1234567"], 1.0),
+        ("It is 123456 7.", ["1234567"], 0.0),
+        ("snowLAMP, bearwood", ["snowlamp", "BEARWOOD", "moonmill", "palmrain"], 0.5),
+        ("ABC", ["A", "BC"], 1.0),
+        ("", ["a"], 0.0),
+        ("one\ttwo\n", ["one", "three", "two"], 2 / 3),
     ],
 )
-def test_string_matches_by_hand(completion, references, all_of, any_of):
-    assert string_match_all(completion, references) == pytest.approx(all_of)
-    assert string_match_part(completion, references) == any_of
+def test_string_matches_by_hand(completion, references, score):
+    assert string_match_all(completion, references) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -419,10 +411,9 @@ def test_exact_matches_by_hand(completion, references, score):
 
 
 def test_scores_without_references_are_refused():
-    for metric in (string_match_all, string_match_part):
-        for references in ([], "text"):
-            with pytest.raises(ValueError, match="`references` is"):
-                metric("a", references)
+    for references in ([], "text"):
+        with pytest.raises(ValueError, match="`references` is"):
+            string_match_all("a", references)
     for references in ([], ["", "..."]):
         with pytest.raises(ValueError, match="None has a letter"):
             exact_match("a", references)
@@ -432,10 +423,8 @@ def test_scores_without_references_are_refused():
     st.text(st.characters(codec="utf-8")),
     st.lists(st.text(string.ascii_letters + string.digits, min_size=1), min_size=1),
 )
-def test_scores_are_shares_and_part_is_whether_all_is_above_zero(completion, references):
-    scores = {name: metric(completion, references) for name, metric in METRICS.items()}
-    assert all(0 <= score <= 1 for score in scores.values())
-    assert scores["string_match_part"] == float(scores["string_match_all"] > 0)
+def test_scores_are_shares(completion, references):
+    assert all(0 <= metric(completion, references) <= 1 for metric in METRICS.values())
     assert string_match_all(completion + " ".join(references), references) == 1.0
 
 
@@ -535,7 +524,7 @@ def test_a_piece_of_the_training_data_in_a_prompt_is_found(tokenizer, words_toke
     words = content(samples[1]).split()
     piece = " ".join(words[40:53])
     training = [{"prompt": [{"role": "user", "content": f"Say: {piece.upper()}!"}], "answer": "yes"}, "nothing else"]
-    assert (samples[1].id, " ".join(tasks.tokenize(piece))) in shared_ngrams(samples, training)
+    assert (samples[1].id, " ".join(tokenize(piece))) in shared_ngrams(samples, training)
     assert shared_ngrams(samples, [" ".join(words[40:52])]) == []
     assert shared_ngrams(samples, [" ".join(words[40:52])], n=12) != []
 

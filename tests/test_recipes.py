@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from dgrpo_trl import DGRPOConfig
-from dgrpo_trl.evaluation.runs import EvaluationArguments
+from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.longblocks import load_config
 
 

@@ -1,7 +1,7 @@
-"""Evaluation: `runs` is the way in; the report, in `report`, needs matplotlib. Nothing here imports the trainer."""
+"""Evaluation: `runs` is the way in, `compare` sets runs against each other. Nothing here imports the trainer."""
 
-from .accuracy import summarize_accuracy, wilson_interval
 from .generation import generate_completions
+from .scores import wilson_interval
 
 
-__all__ = ["generate_completions", "summarize_accuracy", "wilson_interval"]
+__all__ = ["generate_completions", "wilson_interval"]

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..chat import escape_messages
-from .tasks import prompt_text
+from .samples import prompt_text
 
 
 # Below this, a batch of whole prompts is faster than prompts that wait for a common beginning

@@ -25,13 +25,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import write_json
+from .arguments import EvaluationArguments
 from .generation import greedy_config
 
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-    from .runs import EvaluationArguments
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ _RULER_VT_MIN_LENGTH = 1024
 _RULER_SAMPLES = 500  # of each length, one length after the other
 
 
-def prepare_harness(args: "EvaluationArguments") -> "TaskManager":
+def prepare_harness(args: EvaluationArguments) -> "TaskManager":
     """Looks at the harness tasks of a run before weights load. Nothing is fetched; what will be is logged.
 
     Args:
@@ -99,7 +98,7 @@ def prepare_harness(args: "EvaluationArguments") -> "TaskManager":
 
 
 def run_harness(
-    args: "EvaluationArguments",
+    args: EvaluationArguments,
     manager: "TaskManager",
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None,
@@ -149,7 +148,7 @@ def run_harness(
     return results
 
 
-def needs_model(args: "EvaluationArguments", folder: Path) -> bool:
+def needs_model(args: EvaluationArguments, folder: Path) -> bool:
     """Whether a task of the harness is still to be run."""
     return any(not (folder / f"harness-{task}.json").exists() for task in args.harness_tasks or ())
 
@@ -159,7 +158,7 @@ def makes_prompts_to_length(manager: "TaskManager", tasks: Sequence[str]) -> boo
     return any(_is_ruler(leaf["task"]) for task in tasks for leaf in _leaf_configs(manager, task))
 
 
-def _vllm_args(args: "EvaluationArguments") -> dict[str, Any]:
+def _vllm_args(args: EvaluationArguments) -> dict[str, Any]:
     kwargs = {"pretrained": args.model_name_or_path, "dtype": args.dtype, "revision": args.model_revision}
     if args.chat_template_kwargs:
         kwargs["chat_template_args"] = args.chat_template_kwargs
@@ -199,7 +198,7 @@ def _limited(limit: float | None, leaves: Sequence[dict[str, Any]], lengths: Seq
     return {"samples": {name: rows for name in names}}
 
 
-def _check_task(args: "EvaluationArguments", task: str, leaves: Sequence[dict[str, Any]]) -> None:
+def _check_task(args: EvaluationArguments, task: str, leaves: Sequence[dict[str, Any]]) -> None:
     names = [leaf["task"] for leaf in leaves]
     for prefixes, modules in _MODULES:
         missing = [module for module in modules if importlib.util.find_spec(module) is None]

@@ -2,8 +2,9 @@
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 try:
@@ -11,8 +12,9 @@ try:
 except ImportError as error:
     raise ImportError("The report needs matplotlib. Install it with `pip install dgrpo-trl[demo]`.") from error
 
-from .curves import metric_points, read_log_history, trailing_means
-from .page import html_page, html_table, markdown_table
+from .compare.figures import html_page, html_table, markdown_table
+from .compare.training import metric_points, read_log_history, trailing_means
+from .scores import mentioned, wilson_interval
 
 
 __all__ = ["read_log_history", "write_report"]
@@ -181,3 +183,43 @@ def _to_html(title: str, parts: Sequence[tuple]) -> str:
                 f"<figcaption>{caption}</figcaption></figure>"
             )
     return html_page(title, lines)
+
+
+def summarize_accuracy(results: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the answers to questions, in all, by length and by task.
+
+    Args:
+        results (`dict[str, Any]`):
+            A run's `results.json`. Its cells with the metric `exact_match` count.
+
+    Returns:
+        `dict`: `overall`, `by_length` and `by_task` (both from group to the same), each with `num_rows`, and for
+        `exact` and `mentioned` the `accuracy` and the 95 % Wilson `interval`.
+
+    Raises:
+        ValueError: if there are no questions.
+    """
+    cells = [cell for cell in results["cells"] if cell["metric"] == "exact_match"]
+    if not cells:
+        raise ValueError(f"The run {results['name']!r} has no questions. Accuracy is of them. Set `questions`.")
+
+    def grouped(column: str) -> dict[str, dict]:
+        groups: dict = {}
+        for cell in cells:
+            groups.setdefault(cell[column], []).extend(cell["samples"])
+        return {str(group): _summarize(groups[group]) for group in sorted(groups)}
+
+    overall = _summarize([sample for cell in cells for sample in cell["samples"]])
+    return {"overall": overall, "by_length": grouped("length"), "by_task": grouped("task")}
+
+
+def _summarize(samples: Sequence[dict]) -> dict:
+    def share(is_correct: Callable[[dict], bool]) -> dict:
+        num_correct = sum(map(is_correct, samples))
+        return {"accuracy": num_correct / len(samples), "interval": wilson_interval(num_correct, len(samples))}
+
+    def mentions(sample: dict) -> bool:
+        return mentioned(sample["completion"], sample["references"]) == 1
+
+    exact = share(lambda sample: sample["score"] == 1)
+    return {"num_rows": len(samples), "exact": exact, "mentioned": share(mentions)}

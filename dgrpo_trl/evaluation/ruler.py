@@ -1,6 +1,6 @@
-"""Samples of long-context tasks: prompts of a given length in the model's tokens, with what a right answer holds.
+"""RULER's tasks (arXiv 2404.06654), made here: prompts of a given length in the model's tokens.
 
-[`make_samples`] makes eleven tasks of RULER (arXiv 2404.06654) from a seed, without any download:
+[`make_samples`] makes eleven of them from a seed, without any download:
 
 | task | in the text | asked for |
 | --- | --- | --- |
@@ -18,39 +18,26 @@ What differs from RULER: its essays, which cannot be made here, are replaced by 
 samples start at different places; words are of lists below and not of the package `wonderwords`; the example of `vt`
 has less noise below 2560 tokens; and below 1024, where there is no room, `cwe` has no example and repeats its words
 half as often.
-
-[`question_samples`] takes the questions of held-out LongBlocks rows, and [`shared_ngrams`] looks for pieces of the
-training data in prompts.
 """
 
-import bisect
-import hashlib
 import itertools
-import logging
 import math
-import os
-import re
 import string
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from random import Random
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import escape_messages, escape_special_tokens
-from ..data_loading import DropCounts
-from ..rewards import normalize_answer
-from ..text import hash_ngram, iter_ngrams, iter_strings, tokenize
+from ..chat import escape_special_tokens
+from .haystack import NEEDLES, NOISE, NOISE_LINE, Haystack
+from .samples import Sample, count_tokens, prompt_text
 
 
-logger = logging.getLogger(__name__)
-
-NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 # From here on RULER's lists of common words have their full numbers of repeats
 _FULL_LENGTH = 4096
 _EXAMPLE_LENGTH = 1024
@@ -75,151 +62,6 @@ _NOUNS = (
     "rope rose sail salt sand seal seed ship shoe shop silk snow soap sofa soil star swan tent tile toad tomb tool "
     "tree tube vase vest vine wall wasp wave well wine wing wolf wood wool yarn"
 ).split()
-
-# A character of a script without spaces, or a word: what a text is cut by, white space before it included
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_UNIT = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
-# White space after what looks like the end of a sentence and not of an abbreviation, or what follows such a mark
-_SENTENCE_END = re.compile(
-    r"(?:(?<=\w{3}[.!?…؟।])|(?<=\w{3}[.!?…؟।][\"'”’)»]))\s+(?![a-z])|(?<=[。！？])(?![」』”’）])\s*"
-)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt, with what a right completion holds.
-
-    Args:
-        id (`str`):
-            The same for the same task, length, seed and number, for any model: it pairs the samples of two runs.
-        messages (`list[dict]`):
-            Conversational prompt: a user turn, after a system turn if one was asked for.
-        answer_prefix (`str`):
-            Beginning of the answer, which follows the generation prompt; may be empty.
-        references (`tuple[str, ...]`):
-            What a right completion holds.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        num_tokens (`int`):
-            Tokens of the prompt as the model reads it, see [`prompt_text`].
-        shared_with (`str`, *optional*):
-            Samples with the same value begin with the same long text, whose prefill they can share.
-    """
-
-    id: str
-    messages: list[dict]
-    answer_prefix: str
-    references: tuple[str, ...]
-    max_new_tokens: int
-    num_tokens: int
-    shared_with: str | None = None
-
-
-def prompt_text(
-    messages: list[dict],
-    answer_prefix: str,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """The prompt as the model reads it: chat template, generation prompt, beginning of the answer.
-
-    Control tokens stand in it, a first one too if the template has it: tokenise it with `add_special_tokens=False`.
-
-    Args:
-        messages (`list[dict]`):
-            Conversational prompt.
-        answer_prefix (`str`):
-            Beginning of the answer.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's, with a chat template.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the template, such as `enable_thinking`.
-
-    Raises:
-        ValueError: if the tokenizer has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "`tokenizer` has no chat template. Prompts are conversational. Set `tokenizer.chat_template`; for a base "
-            "model, one that only joins the contents will do."
-        )
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
-    )
-    return rendered + answer_prefix
-
-
-# --- RULER's tasks
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """What needles lie in: sentences, between which the needles go.
-
-    Args:
-        name (`str`):
-            For the ids of samples.
-        sentences (`tuple[str, ...]`):
-            Taken in this order, from any one on, and again from the first when they are used up; the last one is cut
-            after any word. None of them: distractors, needles with other keys and values, of which none is cut.
-        separator (`str`, *optional*, defaults to `" "`):
-            Stands between sentences and needles.
-    """
-
-    name: str
-    sentences: tuple[str, ...]
-    separator: str = " "
-
-    @classmethod
-    def from_text(cls, text: str) -> "Haystack":
-        """A text of any language, such as the essays of RULER; white space in it is made even.
-
-        Raises:
-            ValueError: if it is empty.
-        """
-        text = " ".join(text.split())
-        if not text:
-            raise ValueError("`text` is empty. Needles are hidden in its sentences. Give a text, or take `NOISE`.")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return cls(f"text_{digest}", tuple(sentence for sentence in _SENTENCE_END.split(text) if sentence))
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Haystack":
-        """The same of a text file in UTF-8.
-
-        Raises:
-            ValueError: if it cannot be read, or is empty.
-        """
-        try:
-            return cls.from_text(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The haystack {str(path)!r} cannot be read: {error} Give a text file in UTF-8 that is not empty."
-            ) from error
-
-    @cached_property
-    def _ends(self) -> list[list[int]]:
-        """For each sentence, where its words end."""
-        return [[match.end() for match in _UNIT.finditer(sentence)] for sentence in self.sentences]
-
-    @cached_property
-    def _text(self) -> str:
-        return self.separator.join(self.sentences)
-
-    def first(self, num_units: int, start: int) -> list[str]:
-        """So many words (characters, in scripts without spaces), from sentence number `start` on, as sentences."""
-        taken = []
-        for index in itertools.count(start):
-            if num_units <= 0:
-                return taken
-            index %= len(self.sentences)
-            ends = self._ends[index]
-            taken.append(self.sentences[index][: ends[min(num_units, len(ends)) - 1]])
-            num_units -= len(ends)
-
-
-NOISE = Haystack("noise", (NOISE_LINE,), separator="\n")
-NEEDLES = Haystack("needles", (), separator="\n")
 
 
 @dataclass(frozen=True)
@@ -262,7 +104,7 @@ def _needles(
                 drawn = str(rng.randrange(10**6, 10**7))
             else:
                 drawn = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-            if drawn not in taken and drawn not in haystack._text:
+            if drawn not in taken and drawn not in haystack.text:
                 return drawn
 
     def draw_new(kind: str) -> str:
@@ -528,7 +370,7 @@ def make_samples(
 
         def count(num_units: int, draft: _Draft = draft, messages: Callable = messages) -> int:
             text = prompt_text(messages(num_units), draft.answer_prefix, tokenizer, chat_template_kwargs)
-            return _num_tokens(text, tokenizer) + draft.max_new_tokens
+            return count_tokens(text, tokenizer) + draft.max_new_tokens
 
         num_units, num_tokens = _most_units(count, length, draft, task)
         samples.append(
@@ -544,16 +386,11 @@ def make_samples(
     return samples
 
 
-def _num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    # `verbose` warns of more tokens than the model's longest input, which is for the caller to decide
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: str) -> tuple[int, int]:
     """A number of units whose `count` is at most `length`, and that count; one more would be too many or nearly so.
 
     Tokens grow almost evenly with units, so a line through two counts leads next to the number sought: a long prompt
-    is tokenised a few times, not once for every halving of an interval.
+    is tokenized a few times, not once for every halving of an interval.
     """
     low, low_tokens = draft.min_units, count(draft.min_units)
     if low_tokens > length:
@@ -581,160 +418,3 @@ def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: s
             "what is asked for. Ask for a smaller length, or leave out the task."
         )
     return low, low_tokens
-
-
-# --- Questions of LongBlocks
-
-
-def question_samples(
-    rows: Iterable[dict[str, Any]],
-    lengths: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_samples: int | None = None,
-    prompt_column: str = "prompt",
-    max_new_tokens: int = 32,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> dict[tuple[str, int], list[Sample]]:
-    """The questions of held-out LongBlocks rows, by task and by length.
-
-    A row is of the smallest of `lengths` that holds its prompt and `max_new_tokens`. Rows that none holds, or without
-    an answer to compare with, are left out; how many is logged. Which rows make up the `num_samples` of a cell is
-    decided by their ids alone. Those of the same document stand together and are `shared_with` each other, if their
-    prompts begin with it.
-
-    Args:
-        rows (iterable of `dict`):
-            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or texts of which any is right),
-            `id`, and maybe `task` (`"questions"` where it is missing) and `document_sha256` or `document`.
-        lengths (`Sequence[int]`):
-            Lengths in tokens of prompt and completion.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's, with a chat template.
-        num_samples (`int`, *optional*):
-            Most samples of a task and length; all by default.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column with the messages.
-        max_new_tokens (`int`, *optional*, defaults to `32`):
-            Longest completion, in tokens.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template.
-
-    Returns:
-        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. Cells without rows are not there.
-
-    Raises:
-        ValueError: if there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
-            template.
-    """
-    if not lengths:
-        raise ValueError("`lengths` is empty. Rows are sorted by length. Give at least one.")
-    lengths = sorted(lengths)
-    counts = DropCounts()
-    num_of_id: Counter[str] = Counter()
-    cells: dict[tuple[str, int], list[Sample]] = defaultdict(list)
-    for row in rows:
-        _check_row(row, prompt_column)
-        num_of_id[row["id"]] += 1  # in the published set, the questions of one document have one id
-        answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"] or ())
-        references = tuple(answer for answer in answers if answer and normalize_answer(answer))
-        messages = escape_messages(row[prompt_column], tokenizer)
-        num_tokens = _num_tokens(prompt_text(messages, "", tokenizer, chat_template_kwargs), tokenizer)
-        index = bisect.bisect_left(lengths, num_tokens + max_new_tokens)
-        reason = "no_answer" if not references else "prompt_too_long" if index == len(lengths) else None
-        counts.add(reason)
-        if reason is not None:
-            continue
-        task = row.get("task") or "questions"
-        number = "" if num_of_id[row["id"]] == 1 else f"-{num_of_id[row['id']]}"
-        cells[task, lengths[index]].append(
-            Sample(
-                id=f"{task}-{row['id']}{number}",
-                messages=messages,
-                answer_prefix="",
-                references=references,
-                max_new_tokens=max_new_tokens,
-                num_tokens=num_tokens,
-                shared_with=_document_id(row),
-            )
-        )
-    if counts.reasons:
-        logger.warning("Rows that are evaluated, and that are left out:\n%s", counts.table())
-    if not cells:
-        raise ValueError(
-            f"Of {counts.num_rows} rows none is left: {dict(counts.reasons)}. There is nothing to evaluate. Give rows "
-            f"with answers, or a length over {lengths[-1]} tokens."
-        )
-    return {cell: _with_documents(_some(cells[cell], num_samples)) for cell in sorted(cells)}
-
-
-def _check_row(row: dict[str, Any], prompt_column: str) -> None:
-    missing = [name for name in (prompt_column, "answer", "id") if name not in row]
-    if missing:
-        raise ValueError(
-            f"A row has no {missing}; its columns are {sorted(row)}. A sample is made of them. Read the rows with "
-            "`load_longblocks`, or name the column of messages as `prompt_column`."
-        )
-
-
-def _document_id(row: dict[str, Any]) -> str | None:
-    if row.get("document_sha256"):
-        return row["document_sha256"]
-    return hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
-
-
-def _some(samples: list[Sample], num_samples: int | None) -> list[Sample]:
-    """The same samples whatever the order of the rows."""
-    if num_samples is None:
-        return samples
-    return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())[:num_samples]
-
-
-def _with_documents(samples: list[Sample]) -> list[Sample]:
-    """Samples of one document next to each other; `shared_with` goes where they do not begin alike."""
-    groups: dict[str | None, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.shared_with].append(sample)
-    for document, group in groups.items():
-        texts = [repr(sample.messages) for sample in group]
-        if document is not None and 2 * len(os.path.commonprefix(texts)) < min(map(len, texts)):
-            groups[document] = [replace(sample, shared_with=None) for sample in group]
-    return [sample for group in groups.values() for sample in group]
-
-
-# --- Training data
-
-
-def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: int = 13) -> list[tuple[str, str]]:
-    """Samples whose prompts hold a piece of the training data: an evaluation of them would measure memory.
-
-    A piece is `n` words in a row; in scripts without spaces a character counts as a word. Case and punctuation make no
-    difference, as in the decontamination of LongBlocks. Takes about 100 bytes for each different piece of the prompts.
-
-    Args:
-        samples (iterable of [`Sample`]):
-            Samples to check.
-        training_rows (iterable of `dict` or `str`):
-            Training data; all text in a row counts, that of messages too.
-        n (`int`, *optional*, defaults to `13`):
-            Words of a piece.
-
-    Returns:
-        `list[tuple[str, str]]`: for each such sample its id, and the first of the pieces; empty if nothing is shared.
-    """
-    samples = list(samples)
-    pieces = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
-    texts = (text for row in training_rows for text in iter_strings(row))
-    found = {
-        hashed for text in texts for ngram in iter_ngrams(tokenize(text), n) if (hashed := hash_ngram(ngram)) in pieces
-    }
-    shared = []
-    for sample in samples if found else ():
-        first = next((ngram for ngram in _sample_ngrams(sample, n) if hash_ngram(ngram) in found), None)
-        if first is not None:
-            shared.append((sample.id, " ".join(first)))
-    return shared
-
-
-def _sample_ngrams(sample: Sample, n: int) -> Iterable[tuple[str, ...]]:
-    return (ngram for message in sample.messages for ngram in iter_ngrams(tokenize(message["content"]), n))

@@ -1,9 +1,11 @@
-"""Scores of one completion against its references, in [0, 1].
+"""Scores of one completion against its references, in [0, 1], and intervals of their means.
 
 RULER's tasks are scored by [`string_match_all`], questions with one right answer by [`exact_match`], or by
 [`mentioned`], which forgives the form.
 """
 
+import math
+import random
 import re
 from collections.abc import Callable, Sequence
 
@@ -26,23 +28,6 @@ def string_match_all(completion: str, references: Sequence[str]) -> float:
     """
     found = _found(completion, references)
     return sum(found) / len(found)
-
-
-def string_match_part(completion: str, references: Sequence[str]) -> float:
-    """1.0 if any reference stands in the completion, whatever its case, else 0.0: RULER's score of its questions.
-
-    As NVIDIA's code has it; lm-evaluation-harness 0.4.13 takes the share of the references under this name.
-
-    Args:
-        completion (`str`):
-            Text of the completion.
-        references (`Sequence[str]`):
-            Forms of the answer, of which any is right.
-
-    Raises:
-        ValueError: if there is no reference.
-    """
-    return float(any(_found(completion, references)))
 
 
 def exact_match(completion: str, references: Sequence[str]) -> float:
@@ -93,8 +78,43 @@ def _found(completion: str, references: Sequence[str]) -> list[bool]:
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "string_match_all": string_match_all,
-    "string_match_part": string_match_part,
     "exact_match": exact_match,
     "mentioned": mentioned,
 }
 QUESTION_METRICS = ("exact_match", "mentioned")
+
+
+def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share; unlike the normal one it stays in [0, 1] and is not empty at 0 and 1.
+
+    Args:
+        num_correct (`int`):
+            Number of successes.
+        num_rows (`int`):
+            Number of trials.
+        z (`float`, *optional*, defaults to `1.959964`):
+            Standard normal quantile; the default gives 95 %.
+
+    Returns:
+        `tuple[float, float]`: the lower and the upper end.
+
+    Raises:
+        ValueError: unless `0 <= num_correct <= num_rows` and `num_rows > 0`.
+    """
+    if not 0 <= num_correct <= num_rows or num_rows == 0:
+        raise ValueError(f"Needs 0 <= num_correct <= num_rows and num_rows > 0, got {num_correct} and {num_rows}.")
+    share = num_correct / num_rows
+    z2 = z * z / num_rows
+    center = (share + z2 / 2) / (1 + z2)
+    half_width = z / (1 + z2) * math.sqrt(share * (1 - share) / num_rows + z2 / (4 * num_rows))
+    # At 0 and 1 the share itself is an end, which rounding may miss
+    return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
+
+
+def score_interval(scores: Sequence[float], num_draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean: Wilson's where all scores are 0 or 1, a percentile bootstrap (seed 0) else."""
+    if all(score in (0, 1) for score in scores):
+        return wilson_interval(sum(map(int, scores)), len(scores))
+    draw = random.Random(0)
+    means = sorted(math.fsum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(num_draws))
+    return means[int(0.025 * num_draws)], means[int(0.975 * num_draws) - 1]

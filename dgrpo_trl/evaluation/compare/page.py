@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import write_text
-from .page import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
+from ...files import write_text
+from .figures import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
 
 
 _METRICS = {

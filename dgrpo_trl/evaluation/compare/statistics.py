@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .accuracy import wilson_interval
-from .curves import area_under_curve, metric_points, read_log_history, steps_to_reach, trailing_means
+from ..scores import wilson_interval
+from .training import area_under_curve, metric_points, read_log_history, steps_to_reach, trailing_means
 
 
 try:

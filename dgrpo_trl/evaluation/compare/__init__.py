@@ -1,0 +1,1 @@
+"""Runs against each other: `statistics` and `training` compute a comparison, `page` writes it."""

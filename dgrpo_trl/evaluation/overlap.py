@@ -1,0 +1,83 @@
+"""Text that prompts share with training data: an evaluation of it would measure memory."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..data_loading import load_rows
+from ..text import hash_ngram, iter_ngrams, iter_strings, tokenize
+from .samples import Sample
+
+
+# Prompts that are compared in one pass over the training data: their n-grams take a gigabyte
+_TOKENS_PER_PASS = 10_000_000
+
+
+def check_overlap(samples: Iterable[Sample], training_data: str) -> None:
+    """Compares prompts with training data.
+
+    Args:
+        samples (iterable of [`Sample`]):
+            Samples to check.
+        training_data (`str`):
+            File, folder or Hub id of the rows that the model was trained on.
+
+    Raises:
+        ValueError: If a prompt shares text with them.
+    """
+    rows = load_rows(training_data)
+    for batch in _batches(samples, _TOKENS_PER_PASS):
+        if shared := shared_ngrams(batch, rows):
+            raise ValueError(
+                f"{len(shared)} prompts of the evaluation share text with `training_data` {training_data!r}: "
+                f"{shared[0][0]!r} has {shared[0][1]!r}. The score would count what was memorized. Choose another "
+                "haystack, or questions held out by document."
+            )
+
+
+def _batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    """The samples in batches of at most `max_tokens` tokens, or of one sample."""
+    batch: list[Sample] = []
+    num_tokens = 0
+    for sample in samples:
+        if batch and num_tokens + sample.num_tokens > max_tokens:
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(sample)
+        num_tokens += sample.num_tokens
+    if batch:
+        yield batch
+
+
+def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: int = 13) -> list[tuple[str, str]]:
+    """Samples whose prompts hold a piece of the training data: an evaluation of them would measure memory.
+
+    A piece is `n` words in a row; in scripts without spaces a character counts as a word. Case and punctuation make no
+    difference, as in the decontamination of LongBlocks. Takes about 100 bytes for each different piece of the prompts.
+
+    Args:
+        samples (iterable of [`Sample`]):
+            Samples to check.
+        training_rows (iterable of `dict` or `str`):
+            Training data; all text in a row counts, that of messages too.
+        n (`int`, *optional*, defaults to `13`):
+            Words of a piece.
+
+    Returns:
+        `list[tuple[str, str]]`: for each such sample its id, and the first of the pieces; empty if nothing is shared.
+    """
+    samples = list(samples)
+    pieces = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
+    texts = (text for row in training_rows for text in iter_strings(row))
+    found = {
+        hashed for text in texts for ngram in iter_ngrams(tokenize(text), n) if (hashed := hash_ngram(ngram)) in pieces
+    }
+    shared = []
+    for sample in samples if found else ():
+        first = next((ngram for ngram in _sample_ngrams(sample, n) if hash_ngram(ngram) in found), None)
+        if first is not None:
+            shared.append((sample.id, " ".join(first)))
+    return shared
+
+
+def _sample_ngrams(sample: Sample, n: int) -> Iterable[tuple[str, ...]]:
+    return (ngram for message in sample.messages for ngram in iter_ngrams(tokenize(message["content"]), n))

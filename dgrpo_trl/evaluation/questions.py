@@ -1,0 +1,179 @@
+"""Questions about held-out rows of LongBlocks."""
+
+import bisect
+import hashlib
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..chat import escape_messages
+from ..data_loading import DropCounts, load_rows
+from ..longblocks.load import load_longblocks
+from ..rewards import normalize_answer
+from .arguments import EvaluationArguments
+from .samples import Sample, count_tokens, prompt_text
+
+
+logger = logging.getLogger(__name__)
+
+_ANY_LENGTH = 1 << 40
+
+
+def question_cells(
+    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[str, int], list[Sample]]:
+    """The questions that the arguments name, by task and length.
+
+    A column `length_bin` is the length of its row; without it a row is of the smallest of `lengths` that holds it.
+
+    Raises:
+        ValueError: If they cannot be read, lack a column, or no length is given.
+    """
+    rows = load_rows(args.questions, split=args.questions_split)
+    if "prompt" not in rows.column_names:
+        rows = load_longblocks(rows, tokenizer=tokenizer, system_message=args.system_message)
+    if missing := {args.prompt_column, "answer"} - set(rows.column_names):
+        raise ValueError(
+            f"The questions {args.questions!r} have no column {', '.join(map(repr, sorted(missing)))}; they have "
+            f"{rows.column_names}. Prompts are asked and answers compared. Rename one, or set `prompt_column`."
+        )
+    if "length_bin" in rows.column_names:
+        by_length: dict[int, list[dict]] = defaultdict(list)
+        for row in rows:
+            by_length[row["length_bin"]].append(row)
+        parts = [(length, part, [_ANY_LENGTH]) for length, part in by_length.items()]
+    elif args.lengths:
+        parts = [(None, list(rows), args.lengths)]
+    else:
+        raise ValueError("`questions` need `lengths`, in tokens, or a column 'length_bin'. Set `lengths`.")
+    cells = {}
+    for length_bin, part, lengths in parts:
+        found = question_samples(
+            *(part, lengths, tokenizer),
+            num_samples=args.num_samples,
+            prompt_column=args.prompt_column,
+            max_new_tokens=args.max_new_tokens,
+        )
+        cells |= {(task, length_bin or length): samples for (task, length), samples in found.items()}
+    return {cell: cells[cell] for cell in sorted(cells)}
+
+
+def question_samples(
+    rows: Iterable[dict[str, Any]],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int | None = None,
+    prompt_column: str = "prompt",
+    max_new_tokens: int = 32,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> dict[tuple[str, int], list[Sample]]:
+    """The questions of held-out LongBlocks rows, by task and by length.
+
+    A row is of the smallest of `lengths` that holds its prompt and `max_new_tokens`. Rows that none holds, or without
+    an answer to compare with, are left out; how many is logged. Which rows make up the `num_samples` of a cell is
+    decided by their ids alone. Those of the same document stand together and are `shared_with` each other, if their
+    prompts begin with it.
+
+    Args:
+        rows (iterable of `dict`):
+            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or texts of which any is right),
+            `id`, and maybe `task` (`"questions"` where it is missing) and `document_sha256` or `document`.
+        lengths (`Sequence[int]`):
+            Lengths in tokens of prompt and completion.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's, with a chat template.
+        num_samples (`int`, *optional*):
+            Most samples of a task and length; all by default.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column with the messages.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest completion, in tokens.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template.
+
+    Returns:
+        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. Cells without rows are not there.
+
+    Raises:
+        ValueError: if there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
+            template.
+    """
+    if not lengths:
+        raise ValueError("`lengths` is empty. Rows are sorted by length. Give at least one.")
+    lengths = sorted(lengths)
+    counts = DropCounts()
+    num_of_id: Counter[str] = Counter()
+    cells: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+    for row in rows:
+        _check_row(row, prompt_column)
+        num_of_id[row["id"]] += 1  # in the published set, the questions of one document have one id
+        answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"] or ())
+        references = tuple(answer for answer in answers if answer and normalize_answer(answer))
+        messages = escape_messages(row[prompt_column], tokenizer)
+        num_tokens = count_tokens(prompt_text(messages, "", tokenizer, chat_template_kwargs), tokenizer)
+        index = bisect.bisect_left(lengths, num_tokens + max_new_tokens)
+        reason = "no_answer" if not references else "prompt_too_long" if index == len(lengths) else None
+        counts.add(reason)
+        if reason is not None:
+            continue
+        task = row.get("task") or "questions"
+        number = "" if num_of_id[row["id"]] == 1 else f"-{num_of_id[row['id']]}"
+        cells[task, lengths[index]].append(
+            Sample(
+                id=f"{task}-{row['id']}{number}",
+                messages=messages,
+                answer_prefix="",
+                references=references,
+                max_new_tokens=max_new_tokens,
+                num_tokens=num_tokens,
+                shared_with=_document_id(row),
+            )
+        )
+    if counts.reasons:
+        logger.warning("Rows that are evaluated, and that are left out:\n%s", counts.table())
+    if not cells:
+        raise ValueError(
+            f"Of {counts.num_rows} rows none is left: {dict(counts.reasons)}. There is nothing to evaluate. Give rows "
+            f"with answers, or a length over {lengths[-1]} tokens."
+        )
+    return {cell: _with_documents(_some(cells[cell], num_samples)) for cell in sorted(cells)}
+
+
+def _check_row(row: dict[str, Any], prompt_column: str) -> None:
+    missing = [name for name in (prompt_column, "answer", "id") if name not in row]
+    if missing:
+        raise ValueError(
+            f"A row has no {missing}; its columns are {sorted(row)}. A sample is made of them. Read the rows with "
+            "`load_longblocks`, or name the column of messages as `prompt_column`."
+        )
+
+
+def _document_id(row: dict[str, Any]) -> str | None:
+    if row.get("document_sha256"):
+        return row["document_sha256"]
+    return hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
+
+
+def _some(samples: list[Sample], num_samples: int | None) -> list[Sample]:
+    """The same samples whatever the order of the rows."""
+    if num_samples is None:
+        return samples
+    return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())[:num_samples]
+
+
+def _with_documents(samples: list[Sample]) -> list[Sample]:
+    """Samples of one document next to each other; `shared_with` goes where they do not begin alike."""
+    groups: dict[str | None, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.shared_with].append(sample)
+    for document, group in groups.items():
+        texts = [repr(sample.messages) for sample in group]
+        if document is not None and 2 * len(os.path.commonprefix(texts)) < min(map(len, texts)):
+            groups[document] = [replace(sample, shared_with=None) for sample in group]
+    return [sample for group in groups.values() for sample in group]
