@@ -23,12 +23,14 @@ def divergence(policy_logits, teacher_logits, kind, mixture=0.5):
         return kl(p, t)
     if kind == "forward_kl":
         return kl(t, p)
-    m = mixture * t + (1 - mixture) * p
-    return mixture * kl(t, m) + (1 - mixture) * kl(p, m)
+    if kind == "jsd":
+        m = mixture * t + (1 - mixture) * p
+        return mixture * kl(t, m) + (1 - mixture) * kl(p, m)
+    raise ValueError(f"No definition of the divergence {kind!r} here.")
 
 
 def grpo_per_token(logps, advantages, loss_type, config):
-    """On-policy GRPO terms (old log-probabilities are the detached current ones), one a token, shape (B, T)."""
+    """On-policy GRPO terms (old log-probabilities are the detached current ones), one per token, shape (B, T)."""
     advantages = advantages[:, None]
     ratio = (logps - logps.detach()).exp()
     if loss_type in ("grpo", "dapo", "dr_grpo", "bnpo", "luspo"):
@@ -42,8 +44,8 @@ def grpo_per_token(logps, advantages, loss_type, config):
     return -advantages * logps
 
 
-def normalise(values, mask, loss_type, max_completion_length, num_items, accumulation_steps):
-    """(B, T) values -> scalar, by each loss type's published normaliser."""
+def normalize(values, mask, loss_type, max_completion_length, num_items, accumulation_steps):
+    """(B, T) values -> scalar, by each loss type's published normalizer."""
     total = 0.0
     if loss_type in ("grpo", "sapo"):
         for v, m in zip(values, mask, strict=True):

@@ -6,8 +6,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dgrpo_trl import losses
-from dgrpo_trl.losses import DIVERGENCES, LOSS_TYPES, Distillation, LMHead, aggregate, token_terms
+from dgrpo_trl import tiled_loss
+from dgrpo_trl.losses import (
+    DIVERGENCES,
+    LOSS_TYPES,
+    Distillation,
+    Divergence,
+    LMHead,
+    TokenTerms,
+    aggregate,
+    token_terms,
+)
 
 
 N, V, H, H_TEACHER = 7, 50, 6, 9
@@ -16,8 +25,8 @@ N, V, H, H_TEACHER = 7, 50, 6, 9
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles both ways, with a ragged last one."""
-    monkeypatch.setattr(losses, "TILE_TOKENS", {"cpu": 3, "accelerator": 3})
-    monkeypatch.setattr(losses, "TILE_VOCAB", 16)
+    monkeypatch.setattr(tiled_loss, "TILE_TOKENS", {"cpu": 3, "accelerator": 3})
+    monkeypatch.setattr(tiled_loss, "TILE_VOCAB", 16)
 
 
 def make_case(vocab=V, teacher_vocab=V, dtype=torch.float64, bias=True, seed=0, **head_options):
@@ -50,7 +59,7 @@ def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature):
     log_p = policy_logits.log_softmax(-1)
     shared = min(policy_logits.size(-1), teacher_logits.size(-1))
     t = teacher_logits[:, :shared].softmax(-1)
-    return losses.TokenTerms(
+    return TokenTerms(
         log_p[torch.arange(N), targets],
         -(log_p.exp() * log_p).sum(-1),
         reference.divergence(policy_logits[:, :shared], teacher_logits[:, :shared], kind, mixture),
@@ -86,7 +95,7 @@ def test_values_and_gradients_equal_the_naive_reference(kind, options, temperatu
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("sizes", [(50, 43), (43, 50), (48, 33)], ids=str)
-def test_heads_of_different_sizes_are_compared_over_the_shared_ids_and_renormalised(kind, sizes):
+def test_heads_of_different_sizes_are_compared_over_the_shared_ids_and_renormalized(kind, sizes):
     hidden, head, targets, teacher = make_case(*sizes)
     targets[0] = sizes[0] - 1  # the log-probability stays over the student's own head
     terms = token_terms(hidden, head, targets, 0.9, Distillation(*teacher, kind, 0.3))
@@ -101,13 +110,13 @@ def test_heads_of_different_sizes_are_compared_over_the_shared_ids_and_renormali
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_gradcheck(kind):
-    hidden, head, targets, teacher = make_case(vocab=19, teacher_vocab=17, final_logit_softcapping=6.0)
+    hidden, head, targets, (states, teacher_head) = make_case(vocab=19, teacher_vocab=17, final_logit_softcapping=6.0)
 
     def function(hidden, weight, bias):
         head_ = LMHead(weight, bias, final_logit_softcapping=6.0)
-        return token_terms(hidden, head_, targets, 0.8, Distillation(*teacher, kind, 0.4))[:3]
+        return token_terms(hidden, head_, targets[:4], 0.8, Distillation(states[:4], teacher_head, kind, 0.4))[:3]
 
-    assert torch.autograd.gradcheck(function, (hidden, head.weight, head.bias))
+    assert torch.autograd.gradcheck(function, (hidden[:4].detach().requires_grad_(), head.weight, head.bias))
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -205,14 +214,14 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(kind):
-    num_tokens, vocab_size, hidden_size = 200, 400, 3
+    num_tokens, vocab_size, hidden_size = 60, 120, 3
     hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
     weight = torch.randn(vocab_size, hidden_size, requires_grad=True)
     teacher = Distillation(torch.randn(num_tokens, hidden_size), LMHead(torch.randn(vocab_size, hidden_size)), kind)
     with LargestTensor() as largest:
         terms = token_terms(hidden, LMHead(weight), torch.zeros(num_tokens, dtype=torch.long), distillation=teacher)
         (terms.logps + terms.entropies + terms.divergences).sum().backward()
-    assert largest.numel == vocab_size * hidden_size  # the gradient of the head; tokens x vocabulary is 67 times that
+    assert largest.numel == vocab_size * hidden_size  # the gradient of the head; tokens x vocabulary is 20 times that
     with LargestTensor() as largest:  # the same instrument does see full logits
         (hidden @ weight.t()).sum().backward()
     assert largest.numel == num_tokens * vocab_size
@@ -225,11 +234,41 @@ def test_a_mixture_weight_outside_its_range_is_refused(mixture):
         token_terms(hidden, head, targets, distillation=Distillation(*teacher, "jsd", mixture))
 
 
+def test_an_unknown_divergence_is_refused():
+    hidden, head, *_ = make_case()
+    with pytest.raises(ValueError, match="Unknown divergence 'kl'. Choose one of reverse_kl, forward_kl, jsd."):
+        Distillation(hidden, head, "kl")
+
+
+def test_a_divergence_is_added_by_its_line_in_the_table(monkeypatch):
+    def squared_distance(statistics, log_probs, w):
+        """sum_v (p_v - t_v)^2, and sum_v p_v (p_v - t_v), which its gradient needs."""
+        pairs = [(log_p_NV.exp(), log_t_NV.exp()) for log_p_NV, log_t_NV in log_probs]
+        return sum(((p - t) ** 2).sum(-1) for p, t in pairs), sum((p * (p - t)).sum(-1) for p, t in pairs)
+
+    def gradient(log_p_NV, log_t_NV, mean_N1, w):
+        p = log_p_NV.exp()
+        return 2 * p * (p - log_t_NV.exp() - mean_N1)
+
+    monkeypatch.setitem(DIVERGENCES, "squared_distance", Divergence(squared_distance, gradient))
+    hidden, head, targets, (states, teacher_head) = make_case(vocab=19, teacher_vocab=17)
+    hidden, targets, states = hidden[:4].detach().requires_grad_(), targets[:4], states[:4]
+    teacher = Distillation(states, teacher_head, "squared_distance")
+
+    def function(hidden, weight, bias):
+        return token_terms(hidden, LMHead(weight, bias), targets, distillation=teacher).divergences
+
+    p = (hidden @ head.weight[:17].T + head.bias[:17]).softmax(-1)
+    t = (states @ teacher_head.weight.T + teacher_head.bias).softmax(-1)
+    torch.testing.assert_close(function(hidden, head.weight, head.bias), ((p - t) ** 2).sum(-1))
+    assert torch.autograd.gradcheck(function, (hidden, head.weight, head.bias))
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_aggregate_equals_the_reference_and_ignores_padding(loss_type):
     values = torch.randn(4, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])
-    want = reference.normalise(values, mask, loss_type, 9, 13.0, 2)
+    want = reference.normalize(values, mask, loss_type, 9, 13.0, 2)
     padded = values.masked_fill(mask == 0, math.nan)
     got = aggregate(padded, mask, loss_type, max_completion_length=9, token_normalizer=13.0, accumulation_steps=2)
     torch.testing.assert_close(got, want, rtol=1e-14, atol=0)

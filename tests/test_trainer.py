@@ -73,7 +73,7 @@ def reference_loss(trainer, student, teacher, rollouts):
     if "tool_mask" in rollouts:
         mask = mask * rollouts["tool_mask"]
     grpo = reference.grpo_per_token(logps, rollouts["advantages"], args.loss_type, args)
-    return reference.normalise(
+    return reference.normalize(
         grpo + args.distill_coef * divergence,
         mask,
         args.loss_type,
