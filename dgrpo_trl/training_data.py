@@ -10,7 +10,7 @@ from trl import ScriptArguments
 
 from .chat import escape_messages, prompt_token_counter
 from .data_loading import load_rows
-from .longblocks.load import load_conversations, load_longblocks, mix_short_and_long, split_by_id
+from .longblocks import load_conversations, load_longblocks, mix_short_and_long, split_by_id
 
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ import yaml
 
 from dgrpo_trl.llm.client import Completion, ServerConfig
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, split_blocks
-from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks
-from dgrpo_trl.longblocks.questions import LLMEngine, LLMEngineConfig
+from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, link_blocks
+from dgrpo_trl.longblocks.questions.llm_engine import LLMEngine, LLMEngineConfig
 from dgrpo_trl.longblocks.records import Document
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dgrpo_trl.longblocks import STAGES, Builder, load_config
-from dgrpo_trl.longblocks.build import GLOBAL_STAGES
+from dgrpo_trl.longblocks.builder.builder import GLOBAL_STAGES
 
 
 def run_share(

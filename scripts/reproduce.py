@@ -116,7 +116,7 @@ class Comparison:
                 script,
                 SCRIPTS / "prepare_demo.py",
                 *sorted((RECIPES / "longblocks").glob(f"reproduce_{self.size}_*.yaml")),
-                *sorted(Path(longblocks.__file__).parent.glob("*.py")),
+                *sorted(Path(longblocks.__file__).parent.rglob("*.py")),
             ],
             outputs=[out / "model" / WEIGHTS, out / "model" / "complete.json", *data],
         )

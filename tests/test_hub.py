@@ -91,7 +91,7 @@ def test_what_the_script_pushes_is_what_everybody_loads(hub, run, built):
 PUSH = """
 import json, sys
 from pathlib import Path
-from dgrpo_trl.longblocks.publish import PublishConfig, push
+from dgrpo_trl.longblocks.builder.publish import PublishConfig, push
 for config in json.loads(sys.argv[2]):
     try:
         print("URL", push(Path(sys.argv[1]), PublishConfig(**config), dry_run=False).url)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.longblocks import blocks as blocks_module
-from dgrpo_trl.longblocks.blocks import Block, BlocksConfig, link_blocks, split_blocks
+from dgrpo_trl.longblocks.questions import blocks as blocks_module
+from dgrpo_trl.longblocks.questions.blocks import Block, BlocksConfig, link_blocks, split_blocks
 
 
 SMALL = BlocksConfig(min_block_chars=30, max_block_chars=80)

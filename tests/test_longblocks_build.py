@@ -20,8 +20,8 @@ import yaml
 from chat_server import FAULTS, ChatServer
 
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
-from dgrpo_trl.longblocks.build import ordered_map
-from dgrpo_trl.longblocks.store import KEPT_SCHEMA, Store
+from dgrpo_trl.longblocks.builder.builder import ordered_map
+from dgrpo_trl.longblocks.builder.store import KEPT_SCHEMA, Store
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_longblocks.py"
@@ -211,7 +211,9 @@ def test_a_stage_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.write("blocks", "a", KEPT_SCHEMA, [], [], 0)
     (tmp_path / "blocks" / "complete").touch()
-    monkeypatch.setattr("dgrpo_trl.longblocks.store.shutil.rmtree", lambda path, **options: None)  # killed before it
+    monkeypatch.setattr(
+        "dgrpo_trl.longblocks.builder.store.shutil.rmtree", lambda path, **options: None
+    )  # killed before it
     store.remove("blocks")
     assert store.parts("blocks") == [] and not (tmp_path / "blocks").exists()
 

@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 from pydantic import ValidationError
 
-from dgrpo_trl.longblocks.card import (
+from dgrpo_trl.longblocks.builder.card import (
     FIGURE,
     CardConfig,
     Statistics,
@@ -18,7 +18,7 @@ from dgrpo_trl.longblocks.card import (
     render_card,
     write_card,
 )
-from dgrpo_trl.longblocks.publish import write_parquet
+from dgrpo_trl.longblocks.builder.publish import write_parquet
 from dgrpo_trl.longblocks.records import Drop
 
 

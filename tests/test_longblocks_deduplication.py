@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.longblocks.decontamination import DecontaminationConfig, Decontaminator
-from dgrpo_trl.longblocks.deduplication import (
+from dgrpo_trl.longblocks.builder.decontamination import DecontaminationConfig, Decontaminator
+from dgrpo_trl.longblocks.builder.deduplication import (
     DeduplicationConfig,
     Deduplicator,
     normalise_question,
     signature,
 )
-from dgrpo_trl.longblocks.mixing import Mixer, MixingConfig
+from dgrpo_trl.longblocks.builder.mixing import Mixer, MixingConfig
 from dgrpo_trl.longblocks.records import Row
 
 
@@ -110,7 +110,8 @@ def test_any_text_has_a_signature(text):
 
 
 def test_signatures_are_the_same_in_every_process():
-    code = "from dgrpo_trl.longblocks.deduplication import *; print(signature('a b c d', DeduplicationConfig()).hex())"
+    imports = "from dgrpo_trl.longblocks.builder.deduplication import *"
+    code = f"{imports}; print(signature('a b c d', DeduplicationConfig()).hex())"
     results = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True

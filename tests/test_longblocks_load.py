@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from dgrpo_trl.chat import prompt_token_counter
 from dgrpo_trl.data_loading import DropCounts
-from dgrpo_trl.longblocks.load import (
-    BookCache,
-    _Proportion,
-    load_conversations,
-    load_longblocks,
-    missing_documents,
-    mix_short_and_long,
-    split_by_id,
-)
+from dgrpo_trl.longblocks import BookCache, load_conversations, load_longblocks, mix_short_and_long, split_by_id
+from dgrpo_trl.longblocks.read.books import missing_documents
+from dgrpo_trl.longblocks.read.mixing import _Proportion
 
 
 RESPONSE = "response_Qwen3.5-27B"
@@ -207,7 +201,7 @@ def test_the_token_budget_holds_at_its_edges(tokenizer, document, streaming):
 
 
 def test_a_prompt_that_fits_by_its_bytes_is_not_tokenised(tokenizer, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.longblocks.load.prompt_token_counter", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("dgrpo_trl.longblocks.read.rows.prompt_token_counter", lambda *_: pytest.fail("tokenised"))
     num_bytes = len(f"{DOCUMENT}\n\nHow many wheels?".encode())
     rows = Dataset.from_list([row()])
     assert len(load_longblocks(rows, tokenizer=tokenizer, max_prompt_tokens=num_bytes + 512)) == 1

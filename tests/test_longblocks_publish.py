@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from pydantic import ValidationError
 
 from dgrpo_trl.data_loading import DropCounts
-from dgrpo_trl.longblocks.load import load_longblocks
-from dgrpo_trl.longblocks.publish import (
+from dgrpo_trl.longblocks import load_longblocks
+from dgrpo_trl.longblocks.builder.publish import (
     PublishConfig,
     published_record,
     published_schema,
@@ -130,7 +130,7 @@ def test_withheld_documents_are_put_together_again_and_checked(tmp_path, pages):
 
 
 def test_files_are_cut_by_size_in_order_and_replace_those_of_an_earlier_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.longblocks.publish._ROWS_PER_GROUP", 2)
+    monkeypatch.setattr("dgrpo_trl.longblocks.builder.publish._ROWS_PER_GROUP", 2)
     records = make_records(9)
     first = write_parquet(records, tmp_path, MODELS, max_shard_bytes=1000)
     content = [path.read_bytes() for path in first]
@@ -161,7 +161,7 @@ def test_an_unfinished_run_leaves_the_earlier_files_and_no_others(tmp_path):
 
 
 def test_memory_holds_one_group_of_rows_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.longblocks.publish._CHARS_PER_GROUP", 1000)
+    monkeypatch.setattr("dgrpo_trl.longblocks.builder.publish._CHARS_PER_GROUP", 1000)
     read = []
     written = []
     write_table = pq.ParquetWriter.write_table

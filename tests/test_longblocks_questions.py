@@ -11,9 +11,10 @@ import pytest
 
 from dgrpo_trl.llm.client import Completion, RequestFailed
 from dgrpo_trl.llm.replies import parse_object, parse_verdict, quote
-from dgrpo_trl.longblocks.blocks import BlocksConfig, link_blocks, split_blocks
-from dgrpo_trl.longblocks.cleaning import identify
-from dgrpo_trl.longblocks.questions import (
+from dgrpo_trl.longblocks.builder.cleaning import identify
+from dgrpo_trl.longblocks.builder.responses import Responder, ResponsesConfig
+from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, link_blocks, split_blocks
+from dgrpo_trl.longblocks.questions.llm_engine import (
     MIN_EVIDENCE_BLOCKS,
     NOT_STATED,
     OR_SAY,
@@ -22,9 +23,8 @@ from dgrpo_trl.longblocks.questions import (
     LLMEngineConfig,
     not_stated,
 )
+from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree, other_language
 from dgrpo_trl.longblocks.records import Document, Evidence, Row
-from dgrpo_trl.longblocks.responses import Responder, ResponsesConfig
-from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answers_agree, other_language
 
 
 class Model:

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from dgrpo_trl.longblocks.blocks import BlocksConfig, blocks_at, split_blocks
-from dgrpo_trl.longblocks.questions import not_stated
+from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, blocks_at, split_blocks
+from dgrpo_trl.longblocks.questions.facts import FACT_TASKS
+from dgrpo_trl.longblocks.questions.llm_engine import not_stated
+from dgrpo_trl.longblocks.questions.rule_engine import TASKS, TEMPLATES, RuleEngine, RuleEngineConfig, _whole_words
 from dgrpo_trl.longblocks.records import Document
-from dgrpo_trl.longblocks.rule_engine import TASKS, TEMPLATES, RuleEngine, RuleEngineConfig, _whole_words
-from dgrpo_trl.longblocks.rules import FACT_TASKS
 
 
 WORDS = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle".split()

@@ -22,10 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from dgrpo_trl.longblocks import files, sources
-from dgrpo_trl.longblocks.corpora import CORPORA, two_letter
 from dgrpo_trl.longblocks.records import Document, Drop
-from dgrpo_trl.longblocks.sources import SourceConfig, book_pages, check_source, read_source
+from dgrpo_trl.longblocks.sources import files
+from dgrpo_trl.longblocks.sources import reading as sources
+from dgrpo_trl.longblocks.sources.configs import SourceConfig
+from dgrpo_trl.longblocks.sources.corpora import CORPORA, two_letter
+from dgrpo_trl.longblocks.sources.reading import book_pages, check_source, read_source
 
 
 ADAPTER = TypeAdapter(SourceConfig)
@@ -869,7 +871,7 @@ def test_archive_with_another_hash_is_refused(tmp_path):
 
 def test_package_is_downloaded_once_with_its_hash(tmp_path, monkeypatch):
     archive = tar_of(tmp_path / "shelf-1.0.tar.gz", MEMBERS)
-    digest = files.sha256_of(archive)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     commands = []
 
     def run(command, **kwargs):
@@ -905,7 +907,7 @@ def test_failed_download_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_importing_sources_loads_neither_torch_nor_the_readers():
     code = (
-        "import sys, dgrpo_trl.longblocks.sources; "
+        "import sys, dgrpo_trl.longblocks.sources.reading; "
         "assert not {'torch', 'trl', 'transformers', 'datasets', 'pyarrow', 'langcodes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

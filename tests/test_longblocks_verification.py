@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from dgrpo_trl.llm.client import Completion, RequestFailed, ServerRefused
-from dgrpo_trl.longblocks.cleaning import identify
-from dgrpo_trl.longblocks.questions import NOT_STATED
+from dgrpo_trl.longblocks.builder.cleaning import identify
+from dgrpo_trl.longblocks.questions.llm_engine import NOT_STATED
+from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree
 from dgrpo_trl.longblocks.records import Evidence, Row
-from dgrpo_trl.longblocks.verification import VerificationConfig, Verifier, answers_agree
 
 
 FACTS = (
@@ -427,7 +427,7 @@ def test_a_check_without_its_server_and_a_wrong_key_are_errors(config, message):
 
 def test_neither_torch_nor_trl_is_imported():
     code = (
-        "import sys, dgrpo_trl.longblocks.responses as r; r.answers_agree('a b', 'c');"
+        "import sys, dgrpo_trl.longblocks.builder.responses as r; r.answers_agree('a b', 'c');"
         "sys.exit(bool({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

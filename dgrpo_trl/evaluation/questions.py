@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat import escape_messages
 from ..data_loading import DropCounts, load_rows
-from ..longblocks.load import load_longblocks
+from ..longblocks import load_longblocks
 from ..rewards import normalize_answer
 from .arguments import EvaluationArguments
 from .samples import Sample, count_tokens, prompt_text

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..data_loading import DropCounts
-    from .blocks import Block, split_blocks
-    from .build import Builder
-    from .config import STAGES, BuildConfig, load_config
-    from .load import BookCache, load_conversations, load_longblocks, mix_short_and_long, split_by_id
-    from .rule_engine import TASKS
-    from .sources import CORPORA
+    from .builder.builder import Builder
+    from .builder.config import STAGES, BuildConfig, load_config
+    from .questions.blocks import Block, split_blocks
+    from .questions.rule_engine import TASKS
+    from .read.books import BookCache
+    from .read.conversations import load_conversations
+    from .read.mixing import mix_short_and_long
+    from .read.questions import load_longblocks
+    from .read.splitting import split_by_id
+    from .sources.corpora import CORPORA
 
 __all__ = [
     "CORPORA",
@@ -30,22 +34,22 @@ __all__ = [
     "split_by_id",
 ]
 
-_NAMES = {
-    "blocks": ("Block", "split_blocks"),
-    "build": ("Builder",),
-    "config": ("STAGES", "BuildConfig", "load_config"),
-    ".data_loading": ("DropCounts",),
-    "load": (
-        "BookCache",
-        "load_conversations",
-        "load_longblocks",
-        "mix_short_and_long",
-        "split_by_id",
-    ),
-    "rule_engine": ("TASKS",),
-    "sources": ("CORPORA",),
+_MODULES = {
+    "CORPORA": "sources.corpora",
+    "STAGES": "builder.config",
+    "TASKS": "questions.rule_engine",
+    "Block": "questions.blocks",
+    "BookCache": "read.books",
+    "BuildConfig": "builder.config",
+    "Builder": "builder.builder",
+    "DropCounts": ".data_loading",
+    "load_config": "builder.config",
+    "load_conversations": "read.conversations",
+    "load_longblocks": "read.questions",
+    "mix_short_and_long": "read.mixing",
+    "split_blocks": "questions.blocks",
+    "split_by_id": "read.splitting",
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,8 @@ from pathlib import PurePosixPath
 from pydantic import Field, model_validator
 from semantic_text_splitter import CodeSplitter, MarkdownSplitter, TextSplitter
 
-from ..strict_model import StrictModel
-from .records import Kind
+from ...strict_model import StrictModel
+from ..records import Kind
 
 
 Span = tuple[int, int]

@@ -23,7 +23,22 @@ from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_sha256
+from ...files import check_sha256
+from ..records import Document, Drop
+from .configs import (
+    ArchiveSource,
+    CodeSource,
+    CorpusSource,
+    FileSource,
+    FolderSource,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    RowSource,
+    SourceConfig,
+    StdlibSource,
+    TextSource,
+)
 from .corpora import CORPORA, Corpus, two_letter
 from .files import (
     BadItem,
@@ -38,21 +53,6 @@ from .files import (
     matches,
     printable,
     read_file,
-)
-from .records import Document, Drop
-from .source_configs import (
-    ArchiveSource,
-    CodeSource,
-    CorpusSource,
-    FileSource,
-    FolderSource,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
-    RowSource,
-    SourceConfig,
-    StdlibSource,
-    TextSource,
 )
 
 

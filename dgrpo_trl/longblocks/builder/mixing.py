@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..strict_model import StrictModel
+from ...strict_model import StrictModel
+from ..records import Drop, Row
 from .deduplication import normalise_question
-from .records import Drop, Row
 
 
 class MixingConfig(StrictModel):

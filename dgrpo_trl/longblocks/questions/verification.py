@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..llm.client import ChatClient, RequestFailed
-from ..llm.replies import parse_verdict, quote
-from ..strict_model import StrictModel
-from .records import Check, Drop, Row
+from ...llm.client import ChatClient, RequestFailed
+from ...llm.replies import parse_verdict, quote
+from ...strict_model import StrictModel
+from ..records import Check, Drop, Row
 
 
 STAGE = "verification"
@@ -408,7 +408,7 @@ def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
 
 def _words(text: str) -> list[str]:
     """Words in small letters without punctuation; single characters where no space stands between words."""
-    from ..rewards import normalize_answer
+    from ...rewards import normalize_answer
 
     return normalize_answer(text).split()
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from ..strict_model import StrictModel
-from .records import Document, Drop, Row
+from ...strict_model import StrictModel
+from ..records import Document, Drop, Row
 from .store import CHECKS_TYPE, EVIDENCE_TYPE
 
 

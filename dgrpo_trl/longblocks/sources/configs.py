@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ..strict_model import StrictModel
+from ...strict_model import StrictModel
+from ..records import Kind
 from .corpora import CORPORA, two_letter
-from .records import Kind
 
 
 BOOK_COLUMNS = ("text_by_page_src", "text_by_page_gen", "ocr_score_src", "ocr_score_gen")

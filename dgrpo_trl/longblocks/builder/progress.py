@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from .records import Drop
+from ..records import Drop
 
 
 logger = logging.getLogger(__name__)

@@ -37,12 +37,12 @@ from typing import Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from ..strict_model import StrictModel
+from ...strict_model import StrictModel
+from ..records import Document, Drop, Evidence, Kind, Row
+from ..sources.files import comment_prefix
 from .blocks import Block, blocks_at, terms
-from .files import comment_prefix
-from .questions import OR_SAY, not_stated
-from .records import Document, Drop, Evidence, Kind, Row
-from .rules import FACT_TASKS, Case, Facts, count_word
+from .facts import FACT_TASKS, Case, Facts, count_word
+from .llm_engine import OR_SAY, not_stated
 
 
 STAGE = "questions"

@@ -28,11 +28,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..files import write_text
-from ..llm.client import ChatClient, RequestCache
-from ..llm.tokens import TokenCounter, load_token_counter
-from . import sources
-from .blocks import Block, link_blocks, split_blocks
+from ...files import write_text
+from ...llm.client import ChatClient, RequestCache
+from ...llm.tokens import TokenCounter, load_token_counter
+from ..questions.blocks import Block, link_blocks, split_blocks
+from ..questions.llm_engine import LLMEngine
+from ..questions.rule_engine import RuleEngine
+from ..questions.verification import Verifier
+from ..records import Document, Drop, Row
+from ..sources import reading as sources
+from ..sources.configs import SourceConfig
 from .card import Statistics, write_card
 from .cleaning import Cleaner, identify
 from .config import STAGES, BuildConfig
@@ -41,11 +46,7 @@ from .deduplication import Deduplicator, signature
 from .mixing import Mixer
 from .progress import Progress
 from .publish import published_record, push, save_to_disk, write_parquet
-from .questions import LLMEngine
-from .records import Document, Drop, Row
 from .responses import Responder
-from .rule_engine import RuleEngine
-from .sources import SourceConfig
 from .store import (
     BLOCKS_SCHEMA,
     DOCUMENT_SCHEMA,
@@ -58,7 +59,6 @@ from .store import (
     row_of,
     row_record,
 )
-from .verification import Verifier
 
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from ..strict_model import StrictModel
-from .records import Drop
+from ...strict_model import StrictModel
+from ..records import Drop
 
 
 STAGE = "deduplication"

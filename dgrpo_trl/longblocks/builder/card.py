@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..strict_model import StrictModel
-from .records import Drop
+from ...strict_model import StrictModel
+from ..records import Drop
 
 
 FIGURE = "assets/document_lengths.png"
@@ -423,7 +423,7 @@ The set is under `{{ set_license }}`. Documents keep the licences of their sourc
 {{ licenses }}
 {% if num_without_document %}
 {{ num_without_document }} rows have no `document`, as its source may not be passed on. With a copy of the source, \
-`dgrpo_trl.longblocks.load.load_longblocks(..., books=...)` puts it together again by `id` and checks it.
+`dgrpo_trl.longblocks.load_longblocks(..., books=...)` puts it together again by `id` and checks it.
 {% endif %}
 ## Building it again
 

@@ -8,20 +8,20 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ..llm.client import ServerConfig
-from ..strict_model import StrictModel
-from .blocks import BlocksConfig
+from ...llm.client import ServerConfig
+from ...strict_model import StrictModel
+from ..questions.blocks import BlocksConfig
+from ..questions.llm_engine import LLMEngineConfig
+from ..questions.rule_engine import RuleEngineConfig
+from ..questions.verification import VerificationConfig
+from ..sources.configs import SourceConfig
 from .card import CardConfig
 from .cleaning import CleaningConfig
 from .decontamination import DecontaminationConfig
 from .deduplication import DeduplicationConfig
 from .mixing import MixingConfig
 from .publish import PublishConfig, published_schema
-from .questions import LLMEngineConfig
 from .responses import ResponsesConfig
-from .rule_engine import RuleEngineConfig
-from .sources import SourceConfig
-from .verification import VerificationConfig
 
 
 STAGES = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
-from .records import Kind
+from ..records import Kind
 
 
 # CLDR prefers codes with no two-letter form for these

@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .blocks import Block
-from .records import Check, Document, Drop, Evidence, Row
+from ..questions.blocks import Block
+from ..records import Check, Document, Drop, Evidence, Row
 
 
 DOCUMENT_SCHEMA = pa.schema(

@@ -25,9 +25,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..strict_model import StrictModel
-from ..text import break_special_tokens
-from .records import Document, Drop
+from ...strict_model import StrictModel
+from ...text import break_special_tokens
+from ..records import Document, Drop
 
 
 STAGE = "sources"

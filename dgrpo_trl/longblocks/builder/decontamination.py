@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from ..strict_model import StrictModel
-from ..text import UNSPACED, hash_ngram, iter_ngrams, iter_strings, tokenize
-from .records import Drop, Row
+from ...strict_model import StrictModel
+from ...text import UNSPACED, hash_ngram, iter_ngrams, iter_strings, tokenize
+from ..records import Drop, Row
 
 
 STAGE = "decontamination"

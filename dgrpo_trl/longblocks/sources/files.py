@@ -24,8 +24,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ..files import check_sha256
-from .records import Kind
+from ...files import check_sha256
+from ..records import Kind
 
 
 logger = logging.getLogger(__name__)

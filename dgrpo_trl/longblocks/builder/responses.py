@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from ..llm.client import ChatClient, RequestFailed
-from ..strict_model import StrictModel
-from .records import Drop, Row
-from .verification import UNANSWERABLE, Identify, answers_agree, other_language
+from ...llm.client import ChatClient, RequestFailed
+from ...strict_model import StrictModel
+from ..questions.verification import UNANSWERABLE, Identify, answers_agree, other_language
+from ..records import Drop, Row
 
 
 STAGE = "responses"

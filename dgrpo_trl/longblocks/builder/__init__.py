@@ -1,0 +1,1 @@
+"""Building LongBlocks: stages that can be run alone and resume after any crash; see [`builder`]."""

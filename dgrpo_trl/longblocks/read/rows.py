@@ -1,0 +1,174 @@
+"""What all readers share: which rows of a data set can be trained on, and what becomes of them.
+
+Rows that cannot be trained on leave with a reason, which is counted:
+
+| reason | the row left because |
+| --- | --- |
+| `no_document` | its document is not in the set, and no copy of the books was given |
+| `book_not_found` | the copy of the books does not hold its document, or no page of it |
+| `book_differs` | the document put together from the pages is not the one that the question was made from |
+| `empty_question`, `empty_answer`, `empty_response` | that column is empty |
+| `bad_evidence` | the offsets of its evidence select nothing in the document |
+| `prompt_too_short`, `prompt_too_long` | its prompt is outside the token budget |
+| `no_messages`, `no_answer_turn`, `not_text` | of conversations: no turn, none that answers at the end, not all text |
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from datasets import Dataset, Features, IterableDataset, Value
+
+from ...chat import escape_messages, prompt_token_counter
+from ...data_loading import DropCounts, load_rows
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+Messages = list[dict[str, str]]
+
+MESSAGES_FEATURE = [{"role": Value("string"), "content": Value("string")}]
+_REASON = "drop_reason"
+# A prompt has no more tokens than bytes, plus those of the chat template, which are never so many without tools
+_MAX_TEMPLATE_TOKENS = 512
+# Rows are long: more of them at a time would fill the memory
+ROWS_IN_MEMORY = 64
+_MISSING_DOCUMENTS = (
+    "Rows have no `document`: books that may not be passed on with LongBlocks. Ask for access to "
+    "institutional/institutional-books-1.0 on the Hub and give it, or your copy of it, as `books`; without it these "
+    "rows are left out and counted as `no_document`."
+)
+
+
+class RowReader(Protocol):
+    """Makes a training row of a row of a data set, or says why not."""
+
+    def reason(self, row: dict[str, Any]) -> str | None:
+        """Why the row cannot be used, or `None`."""
+
+    def training_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the row becomes: columns to add or to replace."""
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """The lengths that a prompt may have, in tokens, chat template and generation prompt included."""
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    min_tokens: int | None
+    max_tokens: int | None
+    chat_template_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and (self.min_tokens, self.max_tokens) != (None, None):
+            raise ValueError(
+                f"`min_prompt_tokens` is {self.min_tokens} and `max_prompt_tokens` is {self.max_tokens}, but there is "
+                "no `tokenizer`. Lengths are counted with the student's. Give it, or no budget."
+            )
+
+    def escape(self, messages: Messages) -> Messages:
+        """Keeps literal special tokens text, as the trainer does; as they are where there is no tokenizer."""
+        if self.tokenizer is None:
+            return messages
+        return escape_messages(messages, self.tokenizer)
+
+    def reason(self, messages: Messages) -> str | None:
+        """Why the prompt may not stay. Only one that its size in bytes does not decide is tokenised."""
+        if self.min_tokens is None and self.max_tokens is None:
+            return None
+        at_most = sum(len(message["content"].encode()) for message in messages) + _MAX_TEMPLATE_TOKENS
+        if self.min_tokens is None and at_most <= self.max_tokens:
+            return None
+        if self.min_tokens is not None and at_most < self.min_tokens:
+            return "prompt_too_short"
+        num_tokens = prompt_token_counter(self.tokenizer, self.chat_template_kwargs, None)([messages])[0]
+        if self.min_tokens is not None and num_tokens < self.min_tokens:
+            return "prompt_too_short"
+        return "prompt_too_long" if self.max_tokens is not None and num_tokens > self.max_tokens else None
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or not str(value).strip()
+
+
+def read_rows(name_or_path: str | Path | Dataset | IterableDataset, split: str, streaming: bool) -> Any:
+    if isinstance(name_or_path, (Dataset, IterableDataset)):
+        rows = name_or_path
+    else:
+        rows = load_rows(str(name_or_path), split=split, streaming=streaming)
+    return rows.to_iterable_dataset() if streaming and isinstance(rows, Dataset) else rows
+
+
+def check_columns(rows: Dataset | IterableDataset, names: Iterable[str]) -> None:
+    if rows.features is None:
+        raise ValueError(
+            "The columns of this stream are not known. They decide what the training rows hold. State the `features` "
+            "in the last `map` that made the stream."
+        )
+    missing = sorted(set(names) - set(rows.features))
+    if missing:
+        raise ValueError(
+            f"The data set has no column {missing}; its columns are {sorted(rows.features)}. Training rows are made "
+            "from them. Rename yours, or name another `completion_column`."
+        )
+
+
+def select_and_map(
+    rows: AnyDataset,
+    reader: RowReader,
+    features: Features,
+    dropped_columns: list[str],
+    num_proc: int | None,
+    counts: DropCounts | None,
+) -> AnyDataset:
+    """The training rows of those rows that the reader has no reason to drop."""
+    counts = DropCounts() if counts is None else counts
+    made = Features({name: feature for name, feature in features.items() if name not in dropped_columns})
+    dropped_columns = [name for name in dropped_columns if name in rows.features]
+
+    if isinstance(rows, IterableDataset):
+        # A column that is to go must not come back: `map` removes it only if the function does not return it
+        def training_row(row: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in {**row, **reader.training_row(row)}.items() if name in made}
+
+        kept = rows.filter(lambda row: _count(reader.reason(row), counts))
+        return kept.map(training_row, remove_columns=dropped_columns, features=made)
+
+    # Reasons first: the long columns are then written once, of the rows that stay
+    reasons = (
+        rows.map(
+            lambda row: {_REASON: reader.reason(row)},
+            remove_columns=rows.column_names,
+            features=Features({_REASON: Value("string")}),
+            num_proc=num_proc,
+            desc="Checking rows",
+        )[_REASON][:]
+        if len(rows)
+        else []
+    )
+    kept = [index for index, reason in enumerate(reasons) if _count(reason, counts)]
+    (logger.info if kept else logger.warning)(f"Rows for training:\n{counts.table()}")
+    if not kept:  # `map` adds no columns to an empty data set
+        return Dataset.from_dict({name: [] for name in made}, features=made)
+    return rows.select(kept).map(
+        lambda row: {name: value for name, value in reader.training_row(row).items() if name in made},
+        remove_columns=dropped_columns,
+        features=made,
+        num_proc=num_proc,
+        writer_batch_size=ROWS_IN_MEMORY,
+        desc="Making training rows",
+    )
+
+
+def _count(reason: str | None, counts: DropCounts) -> bool:
+    """Counts a row; whether it stays."""
+    counts.add(reason)
+    if reason == "no_document" and counts.reasons[reason] == 1:
+        logger.warning(_MISSING_DOCUMENTS)
+    return reason is None

@@ -1,0 +1,1 @@
+"""Sources of documents: their configuration, and how files and rows become documents; see [`reading`]."""
