@@ -22,7 +22,7 @@ from pathlib import Path
 import openai
 import yaml
 
-from dgrpo_trl.llm.client import Completion, ServerConfig
+from dgrpo_trl.llm import Completion, ServerConfig
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, split_blocks
 from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, link_blocks
 from dgrpo_trl.longblocks.questions.llm_engine import LLMEngine, LLMEngineConfig

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine that answers by a function, and misbehaves where that says so."""
+"""An OpenAI-compatible server on this machine that answers, or misbehaves, as a function of the request decides."""
 
 import json
 import time
@@ -31,13 +31,15 @@ class Fault:
         body: Bytes of the body.
         headers: More headers.
         seconds: How long to wait before.
-        hangs_up: Close the connection after so many bytes of the body instead of sending it whole.
+        seconds_per_byte: How long to wait after each byte of the body.
+        hangs_up: Close the connection after this many bytes of the body.
     """
 
     status: int = 500
     body: bytes = b'{"error": {"message": "out of order"}}'
     headers: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    seconds_per_byte: float = 0.0
     hangs_up: int | None = None
 
 
@@ -70,6 +72,7 @@ class ChatServer(LocalServer):
         self.reply = reply
         self.requests: list[dict] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.num_active = self.max_active = 0
@@ -92,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.requests.append(request)
+            server.times.append(time.monotonic())
             server.headers.append({name.lower(): value for name, value in self.headers.items()})
             times = server.asked[key]
             server.asked[key] += 1
@@ -120,5 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        self.wfile.write(reply.body[: reply.hangs_up])
+        body = reply.body[: reply.hangs_up]
+        pieces = [body[i : i + 1] for i in range(len(body))] if reply.seconds_per_byte else [body]
+        for piece in pieces:
+            self.wfile.write(piece)
+            time.sleep(reply.seconds_per_byte)
         self.close_connection = reply.hangs_up is not None

@@ -1,4 +1,4 @@
-"""What the servers of these tests have in common."""
+"""The base of the HTTP servers of these tests."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

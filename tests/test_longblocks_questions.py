@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dgrpo_trl.llm.client import Completion, RequestFailed
-from dgrpo_trl.llm.replies import parse_object, parse_verdict, quote
+from dgrpo_trl.llm import Completion, RequestFailed, quote
 from dgrpo_trl.longblocks.builder.cleaning import identify
 from dgrpo_trl.longblocks.builder.responses import Responder, ResponsesConfig
 from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, link_blocks, split_blocks
@@ -213,54 +212,6 @@ def test_every_task_is_known_everywhere():
     assert set(MIN_EVIDENCE_BLOCKS) == set(TASKS)
     with pytest.raises(ValueError, match="`tasks` are"):
         LLMEngineConfig(engine="llm", server="w", tasks={"riddle": 1})
-
-
-# --- Replies as data
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"a": "x", "b": [1]}',
-        'Here you are:\n```json\n{"a": "x", "b": [1]}\n```\nGood luck!',
-        "{'a': 'x', 'b': [1],}",
-        '{"a": "x", "b": [1]',
-        '{"a": "x"\n "b": [1]}',
-        '{a: "x", b: [1]}',
-        '{"a": "x", "b": [1]} {"a": "y"}',
-    ],
-)
-def test_an_object_is_found_in_an_untidy_reply(text):
-    value = parse_object(text)
-    assert value["a"] == "x" and value["b"] == [1]
-
-
-@pytest.mark.parametrize("text", ["", "no", "[1, 2]", "{", "{}"])
-def test_no_object_is_an_error(text):
-    with pytest.raises(ValueError, match="no JSON object"):
-        parse_object(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("It is fine.\nVERDICT: ACCEPT", True),
-        ("VERDICT: REJECT\n\n", False),
-        ("VERDICT: ACCEPT\nVERDICT: REJECT", None),
-        ("VERDICT: ACCEPT, I think", None),
-        ("**VERDICT: ACCEPT**", None),
-        ("ACCEPT", None),
-        ("VERDICT: ACCEPT\nBut then again not.", None),
-        ("verdict: accept", None),
-        ("", None),
-    ],
-)
-def test_only_a_verdict_in_the_agreed_form_counts(text, verdict):
-    if verdict is None:
-        with pytest.raises(ValueError, match="verdict"):
-            parse_verdict(text, "ACCEPT", "REJECT")
-    else:
-        assert parse_verdict(text, "ACCEPT", "REJECT") is verdict
 
 
 # --- Checks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from dgrpo_trl.llm.client import Completion, RequestFailed, ServerRefused
+from dgrpo_trl.llm import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.builder.responses import Responder, ResponsesConfig
 from dgrpo_trl.longblocks.read.questions import PROMPT_TEMPLATE
 from dgrpo_trl.longblocks.records import Evidence, Row

@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from dgrpo_trl.llm.client import Completion, RequestFailed, ServerRefused
+from dgrpo_trl.llm import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.builder.cleaning import identify
 from dgrpo_trl.longblocks.questions.llm_engine import NOT_STATED
 from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree

@@ -2,10 +2,90 @@
 
 import hashlib
 import re
+from dataclasses import dataclass
 from typing import Any
+
+from .failures import RequestFailed, Retryable
 
 
 _VERDICT = re.compile(r"\W*verdict\b.*", re.I)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A reply.
+
+    Args:
+        text (`str`):
+            The answer, without the reasoning.
+        thinking (`str`, *optional*):
+            The reasoning, where the model showed it.
+        finish_reason (`str`):
+            Why it ends, in the server's words.
+        model (`str`):
+            Which model answered, in the server's words.
+    """
+
+    text: str
+    thinking: str | None
+    finish_reason: str
+    model: str
+
+
+def parse_reply(reply: Any, model: str) -> tuple[Completion, int, int]:
+    """A reply, and the tokens of its prompt and of itself. The server sent it unchecked: any part may be missing.
+
+    Args:
+        reply (`Any`):
+            The JSON that the server sent.
+        model (`str`):
+            Name of the model, if the server does not say it.
+
+    Raises:
+        Retryable: If it is no chat completion, or holds no complete text.
+        RequestFailed: If the model or a content filter refused.
+    """
+    try:
+        choice = (reply.get("choices") or [None])[0]
+        if choice is None:
+            raise Retryable("empty_reply", f"no choice: {reply.get('error')}"[:200])
+        message, finish_reason = choice["message"], str(choice.get("finish_reason"))
+        text, refusal = message.get("content"), message.get("refusal")
+        thinking = message.get("reasoning") or message.get("reasoning_content")
+        usage = reply.get("usage") or {}
+        prompt_tokens, completion_tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise Retryable("malformed_reply", f"{reply!r:.200} is no chat completion") from error
+    if finish_reason == "content_filter" or refusal:
+        raise RequestFailed("refused_content", str(refusal or finish_reason)[:200])
+    if finish_reason == "length":
+        raise Retryable("truncated", str(text)[-200:])
+    if text is None and message.get("tool_calls"):
+        raise Retryable("malformed_reply", "a tool was called")
+    if not isinstance(text, str | None) or not isinstance(thinking, str | None):
+        raise Retryable("malformed_reply", f"content is {type(text).__name__}")
+    text, thinking = _split_thinking(encodable(text or ""), encodable(thinking or ""))
+    if not text:
+        raise Retryable("empty_reply", "no text")
+    completion = Completion(text, thinking, encodable(finish_reason), encodable(str(reply.get("model") or model)))
+    return completion, prompt_tokens, completion_tokens
+
+
+def _split_thinking(text: str, thinking: str) -> tuple[str, str | None]:
+    """The answer, and the reasoning before it; the tag that opens it may stand in the template instead."""
+    if thinking:  # the server has split it: a tag in the answer is the answer's
+        return text.strip(), thinking.strip()
+    thinking, closing, answer = text.rpartition("</think>")
+    if "<think>" in answer:
+        raise Retryable("truncated", "ends within its reasoning")
+    if not closing:
+        return text.strip(), None
+    return answer.strip(), thinking.replace("<think>", "", 1).strip()
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which can neither be sent nor written."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def parse_object(text: str) -> dict[str, Any]:

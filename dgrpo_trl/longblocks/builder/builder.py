@@ -29,8 +29,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from ...files import write_text
-from ...llm.client import ChatClient, RequestCache
-from ...llm.tokens import TokenCounter, load_token_counter
+from ...llm import ChatClient, RequestCache, TokenCounter, load_token_counter
 from ..questions.blocks import Block, link_blocks, split_blocks
 from ..questions.llm_engine import LLMEngine
 from ..questions.rule_engine import RuleEngine

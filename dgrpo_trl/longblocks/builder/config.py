@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ...llm.client import ServerConfig
+from ...llm import ServerConfig
 from ...strict_model import StrictModel
 from ..questions.blocks import BlocksConfig
 from ..questions.llm_engine import LLMEngineConfig

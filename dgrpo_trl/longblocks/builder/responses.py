@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from ...llm.client import ChatClient, RequestFailed
+from ...llm import ChatClient, RequestFailed
 from ...strict_model import StrictModel
 from ..questions.verification import UNANSWERABLE, Identify, answers_agree, other_language
 from ..records import Drop, Row

@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...llm.client import ChatClient, RequestFailed
-from ...llm.replies import parse_object, quote
+from ...llm import ChatClient, RequestFailed, parse_object, quote
 from ...strict_model import StrictModel
 from ..records import Document, Drop, Evidence, Row
 from .blocks import Block

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...llm.client import ChatClient, RequestFailed
-from ...llm.replies import parse_verdict, quote
+from ...llm import ChatClient, RequestFailed, parse_verdict, quote
+from ...rewards.text import normalize_answer
 from ...strict_model import StrictModel
 from ..records import Check, Drop, Row
 
@@ -408,8 +408,6 @@ def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
 
 def _words(text: str) -> list[str]:
     """Words in small letters without punctuation; single characters where no space stands between words."""
-    from ...rewards import normalize_answer
-
     return normalize_answer(text).split()
 
 

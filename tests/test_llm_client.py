@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 from chat_server import FAULTS, ChatServer, Fault, chat_body
 
-from dgrpo_trl.llm.client import (
+from dgrpo_trl.llm import (
     ChatClient,
     Completion,
     RequestCache,
@@ -55,7 +55,7 @@ def ask(client, prompts=(HELLO,), **options):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_tried_again(fault, tmp_path):
+def test_a_fault_that_passes_is_retried(fault, tmp_path):
     with ChatServer(lambda request, times: FAULTS[fault] if times == 0 else "fine") as server:
         client = make_client(server, tmp_path / "cache")
         (completion,) = ask(client)
@@ -67,12 +67,17 @@ def test_what_passes_is_tried_again(fault, tmp_path):
     ("fault", "reason", "num_sent"),
     [
         (FAULTS["server_error"], "server_error", 4),
+        (Fault(408), "server_error", 4),
         (FAULTS["closed"], "connection_closed", 4),
         (Fault(seconds=0.5), "timeout", 4),
+        (Fault(200, chat_body("fine"), seconds_per_byte=0.01), "timeout", 4),  # each byte in time, the reply too late
         (FAULTS["not_json"], "malformed_reply", 3),
         (FAULTS["html"], "malformed_reply", 3),
         (FAULTS["garbage"], "malformed_reply", 3),
+        (Fault(200, b"null"), "malformed_reply", 3),
+        (Fault(200, b"[]"), "malformed_reply", 3),
         (Fault(200, b"{}"), "empty_reply", 3),
+        (Fault(200, b'{"choices": null}'), "empty_reply", 3),
         (Fault(200, b'{"choices": [{}]}'), "malformed_reply", 3),
         (Fault(200, chat_body(None, tool_calls=[{"id": "1"}])), "malformed_reply", 3),
         (Fault(200, chat_body(["a"])), "malformed_reply", 3),
@@ -81,22 +86,25 @@ def test_what_passes_is_tried_again(fault, tmp_path):
         (Fault(200, chat_body("<think>so</think>  ")), "empty_reply", 3),
         (FAULTS["truncated"], "truncated", 3),
         (FAULTS["thinks_on"], "truncated", 3),
+        (Fault(200, chat_body("<think>One.</think>\n<think>Two.\nfine")), "truncated", 3),
         (Fault(200, chat_body(None, refusal="no")), "refused_content", 1),
         (Fault(200, chat_body("", "content_filter")), "refused_content", 1),
         (Fault(400, b'{"error": {"message": "maximum context length is 8"}}'), "context_overflow", 1),
         (Fault(422, b'{"error": {"message": "what?"}}'), "bad_request", 1),
     ],
 )
-def test_what_stays_fails_by_name_after_so_many_tries(fault, reason, num_sent, tmp_path):
+def test_a_fault_that_stays_fails_by_name_after_its_retries(fault, reason, num_sent, tmp_path):
     with ChatServer(lambda request, times: fault) as server:
-        client = make_client(server, tmp_path / "cache", max_retries=3, timeout_seconds=0.2 if fault.seconds else 5)
+        client = make_client(
+            server, tmp_path / "cache", max_retries=3, timeout_seconds=0.2 if reason == "timeout" else 5
+        )
         (error,) = ask(client)
     assert isinstance(error, RequestFailed) and error.reason == reason
     assert client.stats.num_sent == num_sent
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_refuses_everybody_ends_the_run(status, tmp_path):
+def test_a_server_that_refuses_all_requests_ends_the_run(status, tmp_path):
     with ChatServer(lambda request, times: Fault(status)) as server:
         (error,) = ask(make_client(server, tmp_path / "cache", api_key_env="MY_KEY"))
     assert isinstance(error, ServerRefused)
@@ -138,7 +146,7 @@ def test_a_finished_request_is_never_sent_again(tmp_path):
 
 
 def test_a_reply_that_cannot_be_used_is_paid_for_once(tmp_path):
-    """Killed after some bad replies, a run goes on counting where it was."""
+    """Killed after some bad replies, a run resumes their count."""
     bad = {
         "truncated": FAULTS["truncated"],
         "empty_reply": FAULTS["no_text"],
@@ -160,7 +168,7 @@ def test_a_reply_that_cannot_be_used_is_paid_for_once(tmp_path):
         assert len(server.requests) == 2
         errors = ask(make_client(server, tmp_path / "cache"), [messages(reason) for reason in bad])
         assert [error.reason for error in errors] == list(bad)
-        # The second may have come or not when its client went away
+        # The second may have come or not when its client was closed
         num_sent = Counter(request["messages"][0]["content"] for request in server.requests)
         assert num_sent["truncated"] in (3, 4) and (num_sent["empty_reply"], num_sent["refused_content"]) == (3, 1)
         client = make_client(server, tmp_path / "cache")
@@ -175,6 +183,56 @@ def test_a_reply_that_cannot_be_used_is_paid_for_once(tmp_path):
         del bad["truncated"], bad["empty_reply"]
         fine, empty = ask(make_client(server, tmp_path / "cache"), [messages("truncated"), messages("empty_reply")])
         assert fine.text == "fine" and empty.reason == "empty_reply"
+
+
+def test_a_cancelled_call_leaves_the_shared_request_to_the_others(tmp_path):
+    async def cancel_the_first():
+        async with make_client(server, tmp_path / "cache") as client:
+            first, second = (asyncio.ensure_future(client.complete(HELLO, max_tokens=8)) for _ in range(2))
+            await asyncio.sleep(0.05)
+            first.cancel()
+            return await second
+
+    with ChatServer(lambda request, times: Fault(200, chat_body("fine"), seconds=0.2)) as server:
+        assert asyncio.run(cancel_the_first()).text == "fine"
+        assert len(server.requests) == 1
+
+
+def test_without_a_file_replies_are_kept_in_memory():
+    async def ask_twice():
+        async with ChatClient(ServerConfig(base_url=server.url, model="m"), RequestCache()) as client:
+            return [await client.complete(HELLO, max_tokens=8) for _ in range(2)]
+
+    with ChatServer(lambda request, times: "fine") as server:
+        assert [completion.text for completion in asyncio.run(ask_twice())] == ["fine"] * 2
+        assert len(server.requests) == 1
+
+
+def test_what_is_not_configured_is_left_to_the_server(tmp_path):
+    with ChatServer(lambda request, times: "fine") as server:
+        ask(make_client(server, tmp_path / "cache"))
+        assert set(server.requests[0]) == {"messages", "model", "max_tokens"}
+
+
+def test_a_request_that_waits_for_its_retry_holds_no_slot(tmp_path):
+    def reply(request, times):
+        return Fault(500) if times == 0 and request["messages"][0]["content"] == "0" else "fine"
+
+    with ChatServer(reply) as server:
+        client = make_client(
+            server, tmp_path / "cache", max_concurrency=1, backoff_seconds=1, max_backoff_seconds=1, timeout_seconds=5
+        )
+        ask(client, [messages(n) for n in range(3)])
+    assert server.times[2] - server.times[0] < 0.5 <= server.times[3] - server.times[0]
+
+
+def test_the_wait_that_the_server_asks_for_is_kept(tmp_path):
+    def reply(request, times):
+        return Fault(429, headers=(("Retry-After", "0.3"),)) if times == 0 else "fine"
+
+    with ChatServer(reply) as server:
+        ask(make_client(server, tmp_path / "cache", max_backoff_seconds=1))
+    assert server.times[1] - server.times[0] >= 0.3
 
 
 def test_what_decides_a_reply_is_part_of_the_key_and_the_address_is_not(tmp_path):
@@ -271,24 +329,25 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path):
     assert completion.text == "fine"
 
 
-def test_a_server_that_stays_away_ends_the_run(tmp_path):
+def test_a_server_that_stays_unreachable_ends_the_run(tmp_path):
     (error,) = ask(make_client("http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=0.1))
-    assert isinstance(error, ServerUnavailable) and "answered nobody" in str(error) and "kept" in str(error)
+    assert isinstance(error, ServerUnavailable) and "answered no request" in str(error) and "kept" in str(error)
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "a-secret")
     with ChatServer(lambda request, times: "fine") as server:
+        ask(make_client(server, tmp_path / "other", api_key_env="MY_KEY"))
+        monkeypatch.setenv("MY_KEY", "a-secret")
         client = make_client(server, tmp_path / "cache", api_key_env="MY_KEY")
         ask(client)
-        assert server.headers[0]["authorization"] == "Bearer a-secret"
+        assert [headers["authorization"] for headers in server.headers] == ["Bearer EMPTY", "Bearer a-secret"]
     assert "a-secret" not in client.config.model_dump_json()
     assert all(b"a-secret" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
 CRASHING = """
 import asyncio, sys
-from dgrpo_trl.longblocks.client import ChatClient, RequestCache, ServerConfig
+from dgrpo_trl.llm import ChatClient, RequestCache, ServerConfig
 async def main(url, path):
     async with ChatClient(ServerConfig(base_url=url, model="m", max_concurrency=8), RequestCache(path)) as client:
         async def one(n):
@@ -326,7 +385,7 @@ def test_text_that_is_no_unicode_does_not_stop_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("status", [429, 502, 503])
-def test_a_server_that_puts_everybody_off_loses_no_request(status, tmp_path):
+def test_a_server_that_rejects_all_requests_for_a_while_loses_none(status, tmp_path):
     with ChatServer(lambda request, times: Fault(status) if time.monotonic() < end else "fine") as server:
         end = time.monotonic() + 0.5
         client = make_client(server, tmp_path / "cache", max_retries=2)
@@ -335,14 +394,14 @@ def test_a_server_that_puts_everybody_off_loses_no_request(status, tmp_path):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_puts_everybody_off_for_too_long_ends_the_run(status, tmp_path):
+def test_a_server_that_rejects_all_requests_for_too_long_ends_the_run(status, tmp_path):
     with ChatServer(lambda request, times: Fault(status)) as server:
         (error,) = ask(make_client(server, tmp_path / "cache", max_outage_seconds=0.2))
     assert isinstance(error, ServerUnavailable) and str(status) in str(error)
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 4])
-def test_one_request_that_is_put_off_while_others_are_answered_fails_by_name(max_concurrency, tmp_path):
+def test_one_request_that_is_rejected_while_others_are_answered_fails_by_name(max_concurrency, tmp_path):
     def reply(request, times):
         return Fault(429) if request["messages"][0]["content"] == "large" else "fine"
 
@@ -373,7 +432,7 @@ def test_a_limited_rate_costs_time_and_no_request(tmp_path):
     assert {type(completion) for completion in completions} == {Completion}
 
 
-def test_time_in_which_nobody_asks_is_no_outage(tmp_path):
+def test_time_without_requests_is_no_outage(tmp_path):
     client = make_client("http://127.0.0.1:9/v1", tmp_path / "cache", max_outage_seconds=0.3)
 
     async def run():

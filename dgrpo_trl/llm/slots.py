@@ -1,0 +1,86 @@
+"""How many requests are in flight, and how fast they follow each other."""
+
+import asyncio
+import time
+from collections import deque
+
+
+class Slots:
+    """A semaphore whose size follows the server: halved when it is busy, and slowly raised again.
+
+    Args:
+        max_size (`int`):
+            Size at the beginning, and at most.
+    """
+
+    def __init__(self, max_size: int):
+        self.max_size, self.size, self.num_taken = max_size, float(max_size), 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._halved_at = 0.0
+        self._pause: asyncio.TimerHandle | None = None
+
+    async def acquire(self) -> None:
+        """Waits for a slot, in the order of arrival."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self._grant()
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.release()
+            raise
+
+    def release(self) -> None:
+        self.num_taken -= 1
+        self._grant()
+
+    def pause(self, seconds: float) -> None:
+        """Grants no slot for this long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        if self._pause is None or self._pause.when() < end:
+            if self._pause is not None:
+                self._pause.cancel()
+            self._pause = loop.call_at(end, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self.num_taken < int(self.size) and self._pause is None:
+            future = self._waiting.popleft()
+            if not future.done():
+                self.num_taken += 1
+                future.set_result(None)
+
+    def halve(self, sent_at: float) -> None:
+        """Lowers the size, once for all the requests that were in flight together."""
+        if sent_at > self._halved_at:
+            self._halved_at = time.monotonic()
+            self.size = max(1.0, self.size / 2)
+
+    def grow(self) -> None:
+        self.size = min(self.max_size, self.size + 1 / self.size)
+
+
+class Pace:
+    """Spaces requests evenly.
+
+    Args:
+        per_minute (`float`, *optional*):
+            Most requests per minute. Default: no limit.
+    """
+
+    def __init__(self, per_minute: float | None = None):
+        self._interval_seconds = 0.0 if per_minute is None else 60 / per_minute
+        self._next_at = 0.0
+
+    async def wait(self) -> None:
+        """Waits for the turn of a request."""
+        if self._interval_seconds:
+            now = time.monotonic()
+            turn = max(now, self._next_at)
+            self._next_at = turn + self._interval_seconds
+            await asyncio.sleep(turn - now)
