@@ -57,8 +57,8 @@ class Responder:
     async def respond(self, row: Row, document_text: str) -> tuple[Row | None, list[Drop]]:
         """The row with the responses, or `None` if it lacks one that is required; and what is missing, and why.
 
-        A response that failed has the reason of [`~llm.failures`]; one in another language than the question, however often
-        it was drawn, `wrong_language`; one that is wrong, where only right ones are wanted, `wrong_response`.
+        A response that failed has the reason of [`llm.failures`]; one in another language than the question, however
+        often it was drawn, `wrong_language`; one that is wrong, where only right ones are wanted, `wrong_response`.
 
         Args:
             row ([`~records.Row`]):

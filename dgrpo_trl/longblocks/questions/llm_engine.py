@@ -12,8 +12,8 @@ asks for a question, its answer, and the blocks that the answer rests on.
 | `too_few_evidence_blocks` | it names fewer blocks than the task needs |
 | `wrong_language` | its question or its answer is in another language than the document |
 
-and the reasons of [`~llm.failures`]. A reply with one of these faults, or refused, is drawn again; the last draw's reason
-counts.
+and the reasons of [`llm.failures`]. A reply with one of these faults, or refused, is drawn again; the last draw's
+reason counts.
 """
 
 import asyncio

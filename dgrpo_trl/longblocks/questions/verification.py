@@ -13,8 +13,9 @@
 
 The first three need no model. `not_answerable` takes the place of `grounded`, `not_closed_book` and `needs_hops` for
 questions that the document does not answer. A request that fails makes its check fail, and the row leaves as
-`verification_<reason>`, with the reasons of [`~llm.failures`]: a text that does not fit as `verification_context_overflow`.
-So it does as `verification_no_verdict` where a judge compares answers and never says whether they are the same.
+`verification_<reason>`, with the reasons of [`llm.failures`]: a text that does not fit as
+`verification_context_overflow`. So it does as `verification_no_verdict` where a judge compares answers and never says
+whether they are the same.
 """
 
 import asyncio
