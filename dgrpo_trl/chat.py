@@ -14,7 +14,7 @@ Prompt = str | list[dict]
 def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Breaks up every special token of `tokenizer` that stands literally in `text`, so that it stays text.
 
-    A zero-width space (U+200B) goes in after the first character: `<|im_end|>` then tokenises as the characters that a
+    A zero-width space (U+200B) goes in after the first character: `<|im_end|>` then tokenizes as the characters that a
     reader sees, never as the control token. Text without such literals is returned unchanged.
 
     Args:
@@ -50,7 +50,16 @@ def _escape_content(message: dict, tokenizer: PreTrainedTokenizerBase) -> str | 
     return content
 
 
-def num_bytes(prompt: Prompt) -> int:
+# More than any chat template adds without tools
+_MAX_TEMPLATE_TOKENS = 512
+
+
+def max_num_tokens(prompt: Prompt) -> int:
+    """A number of tokens that the prompt cannot exceed: one per byte, plus those of the chat template."""
+    return _num_bytes(prompt) + _MAX_TEMPLATE_TOKENS
+
+
+def _num_bytes(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt.encode())
     total = 0
@@ -64,7 +73,7 @@ def num_bytes(prompt: Prompt) -> int:
 def prompt_token_counter(
     tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, tools: list[Callable] | None
 ) -> Callable[[Sequence[Prompt]], list[int]]:
-    """A function from prompts to their lengths in tokens, as the trainer will tokenise them."""
+    """A function from prompts to their lengths in tokens, as the trainer will tokenize them."""
 
     def count(prompts: Sequence[Prompt]) -> list[int]:
         if is_conversational({"prompt": prompts[0]}):
@@ -77,3 +86,10 @@ def prompt_token_counter(
         return [len(ids) for ids in encoded["input_ids"]]
 
     return count
+
+
+def num_row_tokens(prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a row for SFT, prompt and completion together."""
+    if isinstance(prompt, str):
+        return len(tokenizer(f"{prompt}{completion}")["input_ids"])
+    return len(tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"])

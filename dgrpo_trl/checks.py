@@ -1,117 +1,381 @@
-"""What a run refuses before weights load."""
+"""What a run refuses, each rule once: columns, number of rows, lengths, vocabularies, the shared prefix.
 
-from collections.abc import Callable, Sequence
+No weights are read. Functions called `..._problems` return texts, none where all is well. The trainer raises them
+before weights load, the dry run lists them in its report, the evaluation raises those that concern it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
+from trl import SFTConfig
 
-from .chat import Prompt, num_bytes
+from .chat import Prompt, max_num_tokens, num_row_tokens, prompt_token_counter
+from .config import DGRPOConfig
+from .data_loading import column_problems
+from .models import Models
+from .positions import YARN_EXAMPLE, rope_scaling, trained_positions
+from .shared_prefix import unsupported_reason
 
 
-# Tokenising every row of a long-context data set takes hours; the longest rows decide
+# Tokenizing every row of a long-context data set takes hours; the longest rows decide
 MAX_ROWS_TOKENIZED = 512
 
 
-def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raises if `dataset` cannot be trained on, before any weights are loaded.
+@dataclass
+class Findings:
+    """What is wrong with a run: with `problems` it must not start, with `warnings` it may."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def raise_for_problems(self) -> None:
+        """Raises [`ValueError`] that lists all problems, if there are any."""
+        raise_problems(self.problems)
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises [`ValueError`] that lists `problems`, if there are any."""
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError(f"The run cannot start, for {len(problems)} reasons:\n- " + "\n- ".join(problems))
+
+
+# --- A run of the trainer
+
+
+def run_findings(
+    args: DGRPOConfig,
+    models: Models,
+    datasets: Mapping[str, Dataset | IterableDataset],
+    num_processes: int,
+    tools: Sequence[Callable] | None = None,
+    needs_prompts: bool = True,
+) -> Findings:
+    """All that a run of dGRPO, GRPO or on-policy distillation refuses or doubts.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Data set to look at. The columns of a stream may be unknown, and are then not checked.
-        name (`str`):
-            The argument it was passed as, for the message.
-
-    Raises:
-        ValueError: If it is empty, or has no column `prompt`.
+        args ([`DGRPOConfig`]):
+            The run.
+        models ([`Models`]):
+            Student and teacher.
+        datasets (`Mapping[str, Dataset | IterableDataset]`):
+            Data sets by the name of the argument that they are passed as. The prompts of a stream are not checked.
+        num_processes (`int`):
+            Devices of all nodes.
+        tools (`Sequence[Callable]`, *optional*):
+            Tools that the chat template describes in every prompt.
+        needs_prompts (`bool`, *optional*, defaults to `True`):
+            Whether every data set must have rows and prompts; an environment may make its own.
     """
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"`{name}` has no column 'prompt'; its columns are {sorted(columns)}. The trainer generates completions "
-            "for the prompts of that column. Rename yours with `dataset.rename_column(old, 'prompt')`, or build it "
-            "with `dataset.map`."
+    findings = Findings()
+    problems, warnings = findings.problems, findings.warnings
+    if needs_prompts:
+        for name, dataset in datasets.items():
+            problems += dataset_problems(dataset, name)
+    if "train_dataset" in datasets:
+        problems += batch_problems(args, datasets["train_dataset"], num_processes)
+    for name, config in (("the student", models.student), ("the teacher", models.teacher)):
+        if config is not None and args.shared_prefix == "on":
+            problems += sharing_problems(unsupported_reason(config), name)
+    if models.teacher is not None and models.teacher is not models.student:
+        problems += vocabulary_problems(
+            models.tokenizer.get_vocab(),
+            models.teacher_vocab,
+            models.student.get_text_config().vocab_size,
+            models.teacher.get_text_config().vocab_size,
+        )
+        warnings += teacher_scaling_warnings(models.student, models.teacher)
+        if models.teacher_vocab is None:
+            warnings.append("The loaded teacher has no tokenizer: its token ids are taken to be the student's.")
+    if args.use_vllm:
+        doubts = sampler_scaling_problems(models.student, models.stored_student)
+        (problems if args.vllm_mode == "colocate" else warnings).extend(doubts)
+    count_tokens = prompt_token_counter(models.tokenizer, args.chat_template_kwargs or {}, tools)
+    for dataset in datasets.values():
+        if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+            for reader in _readers(args, models, dataset):
+                problems += prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
+    return findings
+
+
+# --- Data
+
+
+def dataset_problems(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """Whether there are rows with a prompt. The columns of a stream may be unknown, and are then not checked."""
+    problems = []
+    if dataset.column_names is not None:
+        problems += column_problems(
+            dataset.column_names,
+            ["prompt"],
+            f"`{name}`",
+            "The trainer generates completions for the prompts of that column.",
+            "Rename yours with `dataset.rename_column(old, 'prompt')`, or build it with `dataset.map`.",
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(
+        problems.append(
             f"`{name}` is empty. There is nothing to train on. Check the path and the split, and whether a filter "
             "dropped every row."
         )
+    return problems
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """Longest sequence a model is made for, in tokens, with its RoPE scaling counted; `None` where it states none."""
-    values = config.to_dict()
-    positions = values.get("max_position_embeddings")
-    rope = values.get("rope_parameters") or {}
-    scaled = rope.get("original_max_position_embeddings")
-    if positions is None or not scaled or not rope.get("factor"):
-        return positions
-    return max(positions, int(scaled * rope["factor"]))
+def image_problems(datasets: Mapping[str, Dataset | IterableDataset]) -> list[str]:
+    """A problem for each data set with images, which a teacher does not score."""
+    return [
+        f"`{name}` has images, which the teacher does not score yet. Use a text-only data set, or set "
+        "`distill_coef=0`."
+        for name, dataset in datasets.items()
+        if {"image", "images"} & set(dataset.column_names or ())
+    ]
 
 
-def rope_scaling(config: PreTrainedConfig) -> dict | None:
-    """How positions are scaled beyond the native ones; `None` where they are not."""
-    rope = config.get_text_config().to_dict().get("rope_parameters") or {}
-    if rope.get("rope_type", "default") == "default":
-        return None
-    return {key: value for key, value in sorted(rope.items()) if key != "rope_theta"}
+def batch_problems(args: DGRPOConfig, dataset: Dataset | IterableDataset, num_processes: int) -> list[str]:
+    """TRL leaves out what does not fill a generation batch, and would end without a step where nothing does."""
+    if not isinstance(dataset, Dataset):
+        return []
+    completions = args.per_device_train_batch_size * num_processes * args.steps_per_generation
+    num_prompts = completions // args.num_generations
+    if len(dataset) >= num_prompts:
+        return []
+    return [
+        f"`train_dataset` has {len(dataset)} rows, and a generation batch takes {num_prompts} prompts "
+        f"({completions} completions over all processes, {args.num_generations} per prompt). Not one step would be "
+        "made. Give more rows, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
+        "`steps_per_generation`."
+    ]
 
 
-def trained_positions(config: PreTrainedConfig) -> int | None:
-    """[`max_positions`], but of a Qwen3 those it was trained on: its configuration on the Hub adds room for output."""
-    text = config.get_text_config()
-    positions = max_positions(text)
-    is_native_qwen3 = text.model_type == "qwen3" and positions == 40960 and rope_scaling(config) is None
-    return 32768 if is_native_qwen3 else positions
+# --- Lengths
 
 
-def check_prompt_lengths(
+@dataclass(frozen=True)
+class _Reader:
+    """Who reads which prompts, and how many tokens it takes, completion included."""
+
+    name: str
+    column: str
+    max_tokens: int
+    is_model: bool = True
+
+
+def _readers(args: DGRPOConfig, models: Models, dataset: Dataset) -> list[_Reader]:
+    readers = []
+    for name, positions in models.positions().items():
+        has_own = name == "the teacher" and args.teacher_prompt_column in dataset.column_names
+        column = args.teacher_prompt_column if has_own else "prompt"
+        if positions is not None:
+            readers.append(_Reader(name, column, positions))
+    if args.use_vllm and args.vllm_max_model_length is not None:
+        readers.append(_Reader("vLLM", "prompt", args.vllm_max_model_length, is_model=False))
+    return readers
+
+
+def prompt_length_problems(
     dataset: Dataset,
-    column: str,
+    reader: _Reader,
     count_tokens: Callable[[Sequence[Prompt]], list[int]],
     max_completion_length: int,
-    positions: int,
-    model_name: str,
-) -> None:
-    """Raises if a prompt, with the longest completion, exceeds the positions of the model that is to read it.
-
-    A prompt has no more tokens than bytes, plus those of the chat template, so only rows with enough bytes are
-    tokenised; of these, the `MAX_ROWS_TOKENIZED` longest.
+) -> list[str]:
+    """A problem if prompts, each with the longest completion, have more tokens than `reader` takes.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows to check.
-        column (`str`):
-            Column with the prompts, texts or messages; `None` in a row is skipped.
+            Rows to check. Where a row has nothing in the reader's column, its `prompt` is read.
+        reader ([`_Reader`]):
+            Who reads them.
         count_tokens (`Callable`):
             Maps prompts to their lengths in tokens.
         max_completion_length (`int`):
             Longest completion, in tokens.
-        positions (`int`):
-            Positions of the model, in tokens.
-        model_name (`str`):
-            Which model, for the message.
-
-    Raises:
-        ValueError: If any checked row is too long, naming how many are, the longest, and the way out.
     """
-    budget = positions - max_completion_length
-    prompts = dataset[column]
-    template_tokens = 512  # more than any chat template adds without tools
-    sizes = {i: num_bytes(prompt) for i, prompt in enumerate(prompts) if prompt is not None}
-    candidates = sorted((i for i, size in sizes.items() if size + template_tokens > budget), key=sizes.get)
-    checked = candidates[-MAX_ROWS_TOKENIZED:]
-    if not checked:
-        return
-    lengths = [length for i in checked for length in count_tokens([prompts[i]])]
+    budget = reader.max_tokens - max_completion_length
+    prompts = dataset[reader.column]
+    if reader.column != "prompt":
+        prompts = [prompt if own is None else own for own, prompt in zip(prompts, dataset["prompt"], strict=True)]
+    sizes = [max_num_tokens(prompt) for prompt in prompts]
+    found = _rows_over(budget, sizes, lambda i: count_tokens([prompts[i]])[0])
+    if found is None:
+        return []
+    rows, longest = found
+    subject = (
+        f"{rows} have a '{reader.column}' that is too long: with a completion of {max_completion_length:,} "
+        "(`max_completion_length`) the longest"
+    )
+    longest += max_completion_length
+    shorten = f"Filter out prompts over {budget:,} tokens (`max_prompt_tokens`), lower `max_completion_length`"
+    if reader.is_model:
+        return position_problems(subject, longest, reader.max_tokens, reader.name, shorten)
+    return [
+        f"{subject} has {longest:,} tokens, more than `vllm_max_model_length` ({reader.max_tokens:,}). vLLM would "
+        f"refuse it. {shorten}, or raise `vllm_max_model_length`."
+    ]
+
+
+def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> list[str]:
+    """A problem if rows for SFT, prompt and completion, have more tokens than the student has positions.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            The run. No row is longer than its `max_length`.
+        models ([`Models`]):
+            The student.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and `completion`.
+    """
+    positions = trained_positions(models.student)
+    if positions is None or (args.max_length is not None and args.max_length <= positions):
+        return []
+    prompts, completions = dataset["prompt"], dataset["completion"]
+    sizes = [
+        max_num_tokens(prompt) + max_num_tokens(completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    found = _rows_over(positions, sizes, lambda i: num_row_tokens(prompts[i], completions[i], models.tokenizer))
+    if found is None:
+        return []
+    rows, longest = found
+    subject = f"{rows} are too long: the longest"
+    return position_problems(subject, longest, positions, "the student", "Lower `max_length`", "`model_init_kwargs`")
+
+
+def _rows_over(budget: int, sizes: Sequence[int], count_tokens: Callable[[int], int]) -> tuple[str, int] | None:
+    """How many rows have more than `budget` tokens, in words, and the length of the longest; `None` if none has.
+
+    Args:
+        budget (`int`):
+            Tokens that a row may have.
+        sizes (`Sequence[int]`):
+            For each row a number of tokens that it cannot exceed: only rows over the budget by this measure are
+            tokenized, and of these the `MAX_ROWS_TOKENIZED` longest.
+        count_tokens (`Callable[[int], int]`):
+            Maps the index of a row to its length in tokens.
+    """
+    candidates = sorted((i for i, size in enumerate(sizes) if size > budget), key=lambda i: sizes[i])
+    lengths = [count_tokens(i) for i in candidates[-MAX_ROWS_TOKENIZED:]]
     num_over = sum(length > budget for length in lengths)
     if num_over == 0:
-        return
-    at_least = "at least " if len(checked) < len(candidates) else ""
-    raise ValueError(
-        f"{at_least}{num_over} of {len(dataset)} rows have a '{column}' that is too long: the longest has "
-        f"{max(lengths)} tokens, which with `max_completion_length` ({max_completion_length}) exceeds the {positions} "
-        f"positions of {model_name}. Beyond its positions a model is silently wrong. Filter out rows over {budget} "
-        "tokens, lower `max_completion_length`, or extend the positions (for instance YaRN: `rope_parameters` in "
-        "`model_init_kwargs` and `teacher_model_init_kwargs`)."
-    )
+        return None
+    at_least = "at least " if len(lengths) < len(candidates) else ""
+    return f"{at_least}{num_over} of {len(sizes)} rows", max(lengths)
+
+
+def arriving_prompt_problems(
+    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int | None, reader: str
+) -> list[str]:
+    """[`prompt_length_problems`] of a batch that is about to be read: streams are checked no earlier."""
+    longest = max(map(len, prompt_ids)) + max_completion_length
+    subject = f"With a completion of {max_completion_length:,} (`max_completion_length`) a prompt of this batch"
+    shorten = "Filter out longer rows (`max_prompt_tokens`), lower `max_completion_length`"
+    return position_problems(subject, longest, positions, reader, shorten)
+
+
+def position_problems(
+    subject: str,
+    num_tokens: int,
+    positions: int | None,
+    reader: str,
+    shorten: str,
+    arguments: str = "`model_init_kwargs` and `teacher_model_init_kwargs`",
+) -> list[str]:
+    """A problem if `num_tokens` are more than the positions of the model that reads them.
+
+    Args:
+        subject (`str`):
+            What has so many tokens.
+        num_tokens (`int`):
+            Tokens, those of a completion included.
+        positions (`int`, *optional*):
+            Those that the model was trained on; `None` for no limit.
+        reader (`str`):
+            Which model.
+        shorten (`str`):
+            What to do to make the texts shorter.
+        arguments (`str`, *optional*):
+            Where to set the positions.
+    """
+    if positions is None or num_tokens <= positions:
+        return []
+    return [
+        f"{subject} has {num_tokens:,} tokens, more than the {positions:,} positions of {reader}. Beyond the "
+        f"positions that it was trained on, a model is silently wrong. {shorten}, or extend the positions by YaRN: "
+        f"{YARN_EXAMPLE} in {arguments}."
+    ]
+
+
+def teacher_scaling_warnings(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[str]:
+    """A warning if one model scales its positions and the other does not, which is often an oversight."""
+    ours, theirs = rope_scaling(student), rope_scaling(teacher)
+    if ours == theirs:
+        return []
+    return [
+        f"The student's positions are scaled by {ours or 'nothing'}, the teacher's by {theirs or 'nothing'}. Unless "
+        "one of them has more native positions, they read the same document differently. Give both the same "
+        "`rope_parameters` and `max_position_embeddings`, in `model_init_kwargs` and in `teacher_model_init_kwargs`."
+    ]
+
+
+def sampler_scaling_problems(student: PreTrainedConfig, stored_student: PreTrainedConfig) -> list[str]:
+    """vLLM reads the configuration beside the weights, and sees nothing of `model_init_kwargs`."""
+    ours, theirs = rope_scaling(student), rope_scaling(stored_student)
+    if ours == theirs:
+        return []
+    return [
+        f"The student's positions are scaled by {ours or 'nothing'}, but its own configuration says "
+        f"{theirs or 'nothing'}, which is what vLLM reads: rollouts would be sampled by another model than is "
+        "trained. Start from a checkpoint that was saved with them, as the cold start of the 128K recipes is."
+    ]
+
+
+# --- Models
+
+
+def sharing_problems(unsupported_reason: str | None, name: str) -> list[str]:
+    """A problem if the model called `name` cannot share prefixes although `shared_prefix` is `"on"`."""
+    if unsupported_reason is None:
+        return []
+    return [
+        f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {unsupported_reason}. Set it to 'auto', "
+        "which shares wherever that is exact, or to 'off'."
+    ]
+
+
+def vocabulary_problems(
+    student_vocab: dict[str, int],
+    teacher_vocab: dict[str, int] | None,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+) -> list[str]:
+    """Student and teacher must map the same strings to the same ids, and both heads must cover these ids.
+
+    The sizes of the heads may differ: families pad them differently, and the divergence is taken over the ids that
+    both have.
+
+    Args:
+        student_vocab (`dict[str, int]`), teacher_vocab (`dict[str, int]`, *optional*):
+            Tokens and their ids. A teacher whose tokens are not known is trusted.
+        student_vocab_size (`int`), teacher_vocab_size (`int`):
+            Rows of the two LM heads.
+    """
+    problems = []
+    differing = student_vocab.items() ^ (student_vocab if teacher_vocab is None else teacher_vocab).items()
+    if differing:
+        token = min(differing, key=lambda item: (item[1], item[0]))[0]
+        student_id, teacher_id = ((vocab or {}).get(token, "none") for vocab in (student_vocab, teacher_vocab))
+        problems.append(
+            "Student and teacher have different vocabularies: the first of "
+            f"{len({token for token, _ in differing})} differing tokens, {token!r}, has id {student_id} for the "
+            f"student and {teacher_id} for the teacher. The divergence compares probabilities of the same ids. Choose "
+            "a teacher that shares the student's tokenizer."
+        )
+    largest_id = max(student_vocab.values())
+    if largest_id >= min(student_vocab_size, teacher_vocab_size):
+        problems.append(
+            f"The tokenizer has ids up to {largest_id}, but the LM heads have {student_vocab_size} (student) and "
+            f"{teacher_vocab_size} (teacher) rows. Both must have a row for every id. Resize the smaller model's "
+            "embeddings, or choose a teacher of the student's family."
+        )
+    return problems

@@ -1,6 +1,7 @@
 """Reading data sets: files, folders and the Hub; and counting what is left out of them."""
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,7 @@ def load_rows(
         return load_from_disk(name_or_path)
     if (path / "dataset_dict.json").exists():
         splits = load_from_disk(name_or_path)
-        if split not in splits:
-            raise ValueError(f"{name_or_path!r} has no split {split!r}; it has {sorted(splits)}. Name one of these.")
+        _require_split(split, splits, repr(name_or_path))
         return splits[split]
     try:
         if path.is_file() and path.suffix in _FILE_FORMATS:
@@ -68,13 +68,42 @@ def _load_folder(folder: Path, split: str, streaming: bool) -> Dataset | Iterabl
         patterns = get_data_patterns(str(folder.resolve()))
     except EmptyDatasetError as error:
         raise ValueError(f"it has no data files ({error}).") from error
-    if split not in patterns:
-        raise ValueError(f"it has no split {split!r}, but {sorted(map(str, patterns))}.")
+    _require_split(split, patterns, "it")
     found = DataFilesList.from_patterns(patterns[split], base_path=str(folder.resolve()))
     for suffix, file_format in reversed(_FILE_FORMATS.items()):
         if files := sorted({file for file in found if file.endswith(suffix)}):
             return load_dataset(file_format, data_files=files, split="train", streaming=streaming)
     raise ValueError(f"its files are no {', '.join(_FILE_FORMATS)}.")
+
+
+def _require_split(split: str, available: Collection[str], name: str) -> None:
+    if split not in available:
+        raise ValueError(f"{name} has no split {split!r}; it has {sorted(map(str, available))}. Name one of these.")
+
+
+def column_problems(columns: Collection[str], needed: Iterable[str], name: str, why: str, fix: str) -> list[str]:
+    """A problem if `needed` columns are missing.
+
+    Args:
+        columns (`Collection[str]`):
+            Those that the data set has.
+        needed (`Iterable[str]`):
+            Those that it must have.
+        name (`str`):
+            What the message calls the data set.
+        why (`str`), fix (`str`):
+            Sentences that say what the columns are for, and what to do.
+    """
+    missing = sorted(set(needed) - set(columns))
+    if not missing:
+        return []
+    return [f"{name} has no column {', '.join(map(repr, missing))}; its columns are {sorted(columns)}. {why} {fix}"]
+
+
+def require_columns(columns: Collection[str], needed: Iterable[str], name: str, why: str, fix: str) -> None:
+    """Raises [`ValueError`] for [`column_problems`]."""
+    for problem in column_problems(columns, needed, name, why, fix):
+        raise ValueError(problem)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The teacher: found, checked against the student before it is loaded, frozen, and asked about rollouts."""
+"""The teacher: named, loaded, frozen, and asked to score rollouts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,20 +8,18 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id, use_adapter
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, use_adapter
 
 from .config import DGRPOConfig
 from .losses import LMHead, token_terms
+from .models import BASE_TEACHER, teacher_hub_kwargs, teacher_init_kwargs
 from .rollouts import Rollouts
 from .scoring import CompletionScoring, add_completion_scoring, lm_head
 
 
 logger = get_logger(__name__)
-
-# As a teacher's name: the PEFT student with its adapter off
-BASE_TEACHER = "base"
 
 
 def resolve_teacher(
@@ -85,98 +83,6 @@ def resolve_teacher(
     return teacher
 
 
-def load_teacher_config(teacher: str | PreTrainedModel, args: DGRPOConfig) -> PreTrainedConfig:
-    """The teacher's configuration, without its weights.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    if not isinstance(teacher, str):
-        return teacher.config
-    kwargs = args.teacher_model_init_kwargs or {}
-    overrides = {name: kwargs[name] for name in ("rope_parameters", "max_position_embeddings") if name in kwargs}
-    try:
-        return AutoConfig.from_pretrained(teacher, **_hub_kwargs(args), **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The teacher {teacher!r} cannot be read: {error} Check the id or the path in "
-            "`teacher_model_name_or_path` or `teacher_model`, and that this machine may reach and access it."
-        ) from error
-
-
-def check_vocabularies(
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher: str | PreTrainedModel,
-    args: DGRPOConfig,
-    student_vocab_size: int,
-    teacher_vocab_size: int,
-) -> None:
-    """Raises unless student and teacher map the same strings to the same ids, and both heads cover these ids.
-
-    The sizes of the heads may differ: families pad them differently, and the divergence is taken over the ids that
-    both have. A teacher passed as a loaded model whose tokenizer cannot be found is trusted, with a warning.
-
-    Args:
-        student_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
-        teacher (`str` or [`~transformers.PreTrainedModel`]):
-            Where the teacher's tokenizer is to be found.
-        args ([`DGRPOConfig`]):
-            Revision and trust settings.
-        student_vocab_size (`int`), teacher_vocab_size (`int`):
-            Rows of the two LM heads.
-
-    Raises:
-        ValueError: If the vocabularies differ, naming the first difference.
-    """
-    student_vocab, teacher_vocab = student_tokenizer.get_vocab(), _teacher_vocab(teacher, args)
-    if teacher_vocab is None:
-        logger.warning("The loaded teacher has no tokenizer to compare; its token ids are taken to be the student's.")
-    else:
-        _raise_on_difference(student_vocab, teacher_vocab)
-    largest_id = max(student_vocab.values())
-    shared_size = min(student_vocab_size, teacher_vocab_size)
-    if largest_id >= shared_size:
-        raise ValueError(
-            f"The tokenizer has ids up to {largest_id}, but the LM heads have {student_vocab_size} (student) and "
-            f"{teacher_vocab_size} (teacher) rows. Both must have a row for every id. Resize the smaller model's "
-            "embeddings, or choose a teacher of the student's family."
-        )
-
-
-def _teacher_vocab(teacher: str | PreTrainedModel, args: DGRPOConfig) -> dict[str, int] | None:
-    """The teacher's tokens and their ids; `None` for a loaded model that has no tokenizer beside its weights."""
-    name = teacher if isinstance(teacher, str) else get_config_model_id(teacher.config)
-    reason = "there is none."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_kwargs(args)) if name else None
-    except (OSError, ValueError) as error:
-        tokenizer, reason = None, str(error)
-    # Where the files are missing, transformers builds a tokenizer of special tokens alone
-    if tokenizer is not None and not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        return tokenizer.get_vocab()
-    if not isinstance(teacher, str):
-        return None
-    raise ValueError(
-        f"The teacher {name!r} has no tokenizer that can be read: {reason} Without it, nothing shows that its token "
-        "ids mean what the student's mean. Save the tokenizer beside the weights."
-    )
-
-
-def _raise_on_difference(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> None:
-    differing = student_vocab.items() ^ teacher_vocab.items()
-    if not differing:
-        return
-    token = min(differing, key=lambda item: (item[1], item[0]))[0]
-    student_id, teacher_id = student_vocab.get(token, "none"), teacher_vocab.get(token, "none")
-    num_tokens = len({token for token, _ in differing})
-    raise ValueError(
-        f"Student and teacher have different vocabularies: the first of {num_tokens} differing tokens, {token!r}, has "
-        f"id {student_id} for the student and {teacher_id} for the teacher. The divergence compares probabilities of "
-        "the same ids. Choose a teacher that shares the student's tokenizer."
-    )
-
-
 def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: PreTrainedModel) -> PreTrainedModel:
     """The teacher, in eval mode, without gradients, in the student's dtype unless told otherwise.
 
@@ -189,8 +95,8 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
         kwargs = {
             "dtype": student.dtype,
             "attn_implementation": student.config._attn_implementation,
-            **_hub_kwargs(args),
-            **(args.teacher_model_init_kwargs or {}),
+            **teacher_hub_kwargs(args),
+            **teacher_init_kwargs(args),
         }
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # "auto" would spread each rank's copy over all devices
@@ -207,15 +113,6 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
     teacher.requires_grad_(False)
     disable_dropout_in_model(teacher)
     return teacher.eval()
-
-
-def _hub_kwargs(args: DGRPOConfig) -> dict:
-    """Where on the Hub the teacher's configuration, tokenizer and weights are, and whether their code may run."""
-    kwargs = {"trust_remote_code": args.trust_remote_code}
-    if args.teacher_model_revision is not None:
-        kwargs["revision"] = args.teacher_model_revision
-    given = args.teacher_model_init_kwargs or {}
-    return kwargs | {name: given[name] for name in ("trust_remote_code", "revision") if name in given}
 
 
 class Teacher:

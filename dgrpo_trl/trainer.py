@@ -16,16 +16,17 @@ from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad, split_tensor_dict
 
-from .chat import escape_messages, prompt_token_counter
-from .checks import check_dataset, check_prompt_lengths, max_positions
+from .chat import escape_messages
+from .checks import arriving_prompt_problems, image_problems, raise_problems, run_findings, sharing_problems
 from .config import DGRPOConfig
 from .losses import Distillation, aggregate
+from .models import BASE_TEACHER, read_models
 from .rollouts import Rollouts
 from .run.card import add_recipe_and_metrics
 from .run.checkpoints import CompleteCheckpoints
@@ -42,15 +43,7 @@ from .shared_prefix import (
     unpadded,
     unsupported_reason,
 )
-from .teacher import (
-    BASE_TEACHER,
-    Teacher,
-    base_model,
-    check_vocabularies,
-    load_teacher,
-    load_teacher_config,
-    resolve_teacher,
-)
+from .teacher import Teacher, base_model, load_teacher, resolve_teacher
 
 
 if TYPE_CHECKING:
@@ -161,11 +154,6 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if teacher is not None and not self._distills:
             logger.warning("`distill_coef` is 0: the teacher is not loaded, and training is plain GRPO.")
 
-        # Everything that can be refused without weights is refused here
-        datasets = _named_datasets(train_dataset, eval_dataset)
-        if environment_factory is None:
-            for name, dataset in datasets.items():
-                check_dataset(dataset, name)
         if not isinstance(reward_funcs, list):
             reward_funcs = [] if reward_funcs is None else [reward_funcs]
         self._has_rewards = bool(reward_funcs) or environment_factory is not None
@@ -177,8 +165,17 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             )
         if processing_class is None:
             processing_class = _load_processing_class(model, args)
-        _check_number_of_rows(train_dataset, args)
-        self._check_models_and_prompts(model, teacher, args, datasets, processing_class, tools)
+        # Everything that can be refused without weights is refused here
+        datasets = _named_datasets(train_dataset, eval_dataset)
+        if self._distills and (problems := image_problems(datasets)):
+            raise NotImplementedError(problems[0])
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        models = read_models(model, teacher if self._distills else None, args, tokenizer)
+        self._positions = models.positions()
+        findings = run_findings(args, models, datasets, args.world_size, tools, environment_factory is None)
+        for warning in findings.warnings:
+            logger.warning(warning)
+        findings.raise_for_problems()
 
         super().__init__(
             model=model,
@@ -239,39 +236,6 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if self.teacher_model is not None:
             self.teacher_model = self.teacher.model
 
-    def _check_models_and_prompts(self, model, teacher, args, datasets, processing_class, tools) -> None:
-        """Vocabularies, images and prompt lengths, from configurations and tokenizers alone."""
-        if self._distills and any({"image", "images"} & set(d.column_names or ()) for d in datasets.values()):
-            raise NotImplementedError(
-                "The data set has images, which the teacher does not score yet. Use a text-only data set, or set "
-                "`distill_coef=0`."
-            )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        model_config = _load_config(model, args)
-        config = model_config.get_text_config()
-        positions = teacher_positions = max_positions(config)
-        _refuse_unsupported(unsupported_reason(model_config), "the student", args)
-        if self._distills and teacher != BASE_TEACHER:
-            teacher_model_config = load_teacher_config(teacher, args)
-            _refuse_unsupported(unsupported_reason(teacher_model_config), "the teacher", args)
-            teacher_config = teacher_model_config.get_text_config()
-            check_vocabularies(tokenizer, teacher, args, config.vocab_size, teacher_config.vocab_size)
-            teacher_positions = max_positions(teacher_config)
-        self._positions = {"the student": positions} | ({"the teacher": teacher_positions} if self._distills else {})
-        if args.max_completion_length is None:
-            return
-        count_tokens = prompt_token_counter(tokenizer, args.chat_template_kwargs or {}, tools)
-        for dataset in datasets.values():
-            if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
-                continue
-            has_column = args.teacher_prompt_column in dataset.column_names
-            for reader, reader_positions in self._positions.items():
-                column = args.teacher_prompt_column if has_column and reader == "the teacher" else "prompt"
-                if reader_positions is not None:
-                    check_prompt_lengths(
-                        dataset, column, count_tokens, args.max_completion_length, reader_positions, reader
-                    )
-
     def _can_share(self, model: nn.Module, name: str) -> bool:
         """Whether `model` is to run each prompt once. Prepares its attention if so, and logs why if not.
 
@@ -288,7 +252,8 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if reason is None and not (implementation == "sdpa" or "flash" in implementation):
             reason = f"its attention implementation is {implementation!r}, not 'sdpa' or a flash one"
         if reason is not None:
-            _refuse_unsupported(reason, name, self.args)
+            if self.args.shared_prefix == "on":
+                raise_problems(sharing_problems(reason, name))
             logger.warning(
                 f"Shared prefix: off for {name}: {reason}. Every completion runs with a copy of its prompt."
             )
@@ -371,14 +336,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             self._last_loaded_step = -1  # of TRL: the step whose weights the server has
 
     def _check_positions(self, prompt_ids: list[list[int]], reader: str) -> None:
-        """Raises if a prompt leaves `reader` no room for the longest completion: streams are not checked before."""
-        longest, positions = max(len(ids) for ids in prompt_ids), self._positions[reader]
-        if positions is not None and longest + (self.max_completion_length or 0) > positions:
-            raise ValueError(
-                f"A prompt of {longest} tokens and `max_completion_length` ({self.max_completion_length}) exceed the "
-                f"{positions} positions of {reader}. Beyond its positions a model is silently wrong. Filter out the "
-                "longer rows, lower `max_completion_length`, or extend the positions (for instance YaRN)."
-            )
+        """Raises if a prompt leaves `reader` no room for the longest completion: streams are checked no earlier."""
+        positions = self._positions[reader]
+        raise_problems(arriving_prompt_problems(prompt_ids, self.max_completion_length or 0, positions, reader))
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
@@ -680,28 +640,6 @@ def _regroup(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return split_tensor_dict(whole, len(micro_batches))
 
 
-def _refuse_unsupported(reason: str | None, name: str, args: DGRPOConfig) -> None:
-    if reason is not None and args.shared_prefix == "on":
-        raise ValueError(
-            f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {reason}. Set it to 'auto', which "
-            "shares wherever that is exact, or to 'off'."
-        )
-
-
-def _check_number_of_rows(train_dataset, args: DGRPOConfig) -> None:
-    """TRL leaves out what does not fill a generation batch, and would end without a step where nothing does."""
-    if not isinstance(train_dataset, Dataset):
-        return
-    num_prompts = args.generation_batch_size // args.num_generations
-    if len(train_dataset) < num_prompts:
-        raise ValueError(
-            f"`train_dataset` has {len(train_dataset)} rows, and a generation batch takes {num_prompts} prompts "
-            f"({args.generation_batch_size} completions over all processes, {args.num_generations} of a prompt). Not "
-            "one step would be made. Give more rows, or lower `per_device_train_batch_size`, "
-            "`gradient_accumulation_steps` or `steps_per_generation`."
-        )
-
-
 def no_reward(completions: list, **kwargs) -> list[float]:
     """Stands in where there is a teacher and no reward function: equal rewards, hence zero advantages."""
     return [0.0] * len(completions)
@@ -724,14 +662,6 @@ def _load_processing_class(model, args: DGRPOConfig) -> PreTrainedTokenizerBase 
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _load_config(model, args: DGRPOConfig):
-    if not isinstance(model, str):
-        return model.config
-    names = ("revision", "rope_parameters", "max_position_embeddings")
-    kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in names}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **kwargs)
 
 
 def _checked(reward_func):

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
-from .chat import escape_messages, prompt_token_counter
-from .data_loading import load_rows
+from .chat import escape_messages, num_row_tokens, prompt_token_counter
+from .data_loading import load_rows, require_columns
 from .longblocks import load_conversations, load_longblocks, mix_short_and_long, split_by_id
 
 
@@ -56,23 +56,6 @@ class LongBlocksArguments(ScriptArguments):
     books_cache: str | None = field(
         default=None, metadata={"help": "File that keeps the books found, so that the collection is read once."}
     )
-
-
-def load_student_tokenizer(
-    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The student's tokenizer.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The student {name_or_path!r} cannot be read: {error} Check `model_name_or_path`; where it is the output "
-            "of an earlier stage, run that first, or name the model that it starts from for a dry run."
-        ) from error
 
 
 def load_training_data(
@@ -189,14 +172,11 @@ class _Reader:
         rows = rows.select_columns(["prompt", "completion"])
         if max_length is None:
             return rows
-        return self._filtered(rows, lambda row: self._num_tokens(row) <= max_length, "longer_than_max_length")
 
-    def _num_tokens(self, row: dict) -> int:
-        """Tokens of a row for SFT, prompt and completion."""
-        if isinstance(row["prompt"], str):
-            return len(self.tokenizer(row["prompt"] + row["completion"])["input_ids"])
-        messages = [*row["prompt"], *row["completion"]]
-        return len(self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+        def fits(row: dict) -> bool:
+            return num_row_tokens(row["prompt"], row["completion"], self.tokenizer) <= max_length
+
+        return self._filtered(rows, fits, "longer_than_max_length")
 
     def _filtered(self, rows: AnyDataset, keeps: Callable[[dict], bool], reason: str) -> AnyDataset:
         kept = rows.filter(keeps)
@@ -214,11 +194,13 @@ class _Reader:
     def _with_completion(self, rows: AnyDataset) -> AnyDataset:
         if self.completion_column is None:
             return rows
-        if self.completion_column not in rows.column_names:
-            raise ValueError(
-                f"The data set has no column {self.completion_column!r}; its columns are {rows.column_names}. Rename "
-                "one, or set `completion_column`."
-            )
+        require_columns(
+            rows.column_names,
+            [self.completion_column],
+            f"`dataset_name` ({self.args.dataset_name!r})",
+            "SFT learns it.",
+            "Rename one, or set `completion_column`.",
+        )
 
         def convert(row: dict) -> dict:
             prompt = row["prompt"]

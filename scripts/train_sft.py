@@ -13,11 +13,12 @@ from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from dgrpo_trl.models import load_student_tokenizer
 from dgrpo_trl.preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
 from dgrpo_trl.run.card import add_recipe_and_metrics
 from dgrpo_trl.run.checkpoints import CompleteCheckpoints, keep_run_id, train_to_the_end
 from dgrpo_trl.run.console import quiet_known_warnings
-from dgrpo_trl.training_data import LongBlocksArguments, load_student_tokenizer, load_training_data
+from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
 
 
 @dataclass

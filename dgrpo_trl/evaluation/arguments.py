@@ -4,12 +4,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..positions import POSITION_ARGUMENTS
 from .ruler import RULER_TASKS
 from .scores import QUESTION_METRICS
-
-
-# Fields of the model's configuration that extend its positions
-POSITION_FIELDS = ("rope_parameters", "max_position_embeddings")
 
 
 @dataclass
@@ -128,7 +125,9 @@ class EvaluationArguments:
 
     def vllm_overrides(self) -> dict[str, Any]:
         """What `model_init_kwargs` says of the positions, as vLLM takes it."""
-        overrides = {name: self.model_init_kwargs[name] for name in POSITION_FIELDS if name in self.model_init_kwargs}
+        overrides = {
+            name: self.model_init_kwargs[name] for name in POSITION_ARGUMENTS if name in self.model_init_kwargs
+        }
         return {"hf_overrides": overrides} if overrides else {}
 
 

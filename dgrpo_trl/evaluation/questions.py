@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..chat import escape_messages
-from ..data_loading import DropCounts, load_rows
+from ..data_loading import DropCounts, load_rows, require_columns
 from ..longblocks import load_longblocks
 from ..rewards import normalize_answer
 from .arguments import EvaluationArguments
@@ -37,11 +37,13 @@ def question_cells(
     rows = load_rows(args.questions, split=args.questions_split)
     if "prompt" not in rows.column_names:
         rows = load_longblocks(rows, tokenizer=tokenizer, system_message=args.system_message)
-    if missing := {args.prompt_column, "answer"} - set(rows.column_names):
-        raise ValueError(
-            f"The questions {args.questions!r} have no column {', '.join(map(repr, sorted(missing)))}; they have "
-            f"{rows.column_names}. Prompts are asked and answers compared. Rename one, or set `prompt_column`."
-        )
+    require_columns(
+        rows.column_names,
+        [args.prompt_column, "answer"],
+        f"`questions` ({args.questions!r})",
+        "Prompts are asked and answers compared.",
+        "Rename one, or set `prompt_column`.",
+    )
     if "length_bin" in rows.column_names:
         by_length: dict[int, list[dict]] = defaultdict(list)
         for row in rows:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 import dgrpo_trl
 
-from ..checks import max_positions, trained_positions
+from ..checks import position_problems, raise_problems
 from ..files import sha256_of, write_json, write_text
-from ..training_data import load_student_tokenizer
-from .arguments import POSITION_FIELDS, EvaluationArguments
+from ..models import load_config, load_student_tokenizer
+from ..positions import stated_positions, trained_positions
+from .arguments import EvaluationArguments
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
 from .harness import makes_prompts_to_length, needs_model, prepare_harness, run_harness
 from .haystack import Haystack
@@ -66,7 +67,8 @@ class EvaluationRun:
                 "one with the tokenizer (`tokenizer.chat_template`), or evaluate the model after its fine-tuning."
             )
         bind_chat_template_kwargs(self.tokenizer, args.chat_template_kwargs)
-        self.config = _model_config(args)
+        hub_kwargs = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+        self.config = load_config(args.model_name_or_path, args.model_init_kwargs, **hub_kwargs)
         self.cells = [*self._ruler_cells(), *self._question_cells()]
         self.harness_manager = prepare_harness(args) if args.harness_tasks else None
         self._check_positions()
@@ -116,14 +118,10 @@ class EvaluationRun:
                 longest = max(longest, *(sample.num_tokens + sample.max_new_tokens for sample in cell.make()))
             else:
                 longest = max(longest, cell.length)
-        if longest > positions:
-            raise ValueError(
-                f"The longest prompt has, with its completion, up to {longest:,} tokens, more than the {positions:,} "
-                f"positions of {self.args.model_name_or_path!r}. Beyond them a model is silently wrong. Lower "
-                "`lengths`, or extend the positions by YaRN: `max_position_embeddings` and `rope_parameters` in "
-                "`model_init_kwargs`, for Qwen3 to 131,072 `{rope_type: yarn, rope_theta: 1000000, factor: 4.0, "
-                "original_max_position_embeddings: 32768}`."
-            )
+        subject, reader = "With its completion the longest prompt", repr(self.args.model_name_or_path)
+        raise_problems(
+            position_problems(subject, longest, positions, reader, "Lower `lengths`", "`model_init_kwargs`")
+        )
 
     def _settings(self) -> dict[str, Any]:
         settings = asdict(self.args)
@@ -190,7 +188,7 @@ class EvaluationRun:
         """Loads the weights, and gives what makes completions of samples."""
         args, tokenizer = self.args, self.tokenizer
         if args.backend == "vllm":
-            longest = max_positions(self.config) or max(cell.length for cell in self.cells)
+            longest = stated_positions(self.config) or max(cell.length for cell in self.cells)
             kwargs = {"trust_remote_code": args.trust_remote_code, **args.vllm_overrides(), **args.vllm_kwargs}
             llm = load_vllm(args.model_name_or_path, args.model_revision, args.dtype, longest, kwargs)
 
@@ -249,13 +247,6 @@ def load_model(args: EvaluationArguments) -> transformers.PreTrainedModel:
     if "device_map" not in kwargs:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval()
-
-
-def _model_config(args: EvaluationArguments) -> PreTrainedConfig:
-    changes = {name: args.model_init_kwargs[name] for name in POSITION_FIELDS if name in args.model_init_kwargs}
-    return AutoConfig.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code, **changes
-    )
 
 
 def _arguments(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""What a run knows of its models before their weights load: configurations, tokenizers, vocabularies."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from .config import DGRPOConfig
+from .positions import POSITION_ARGUMENTS, trained_positions
+
+
+# As a teacher's name: the PEFT student with its adapter off
+BASE_TEACHER = "base"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, without weights.
+
+    Args:
+        student ([`~transformers.PreTrainedConfig`]):
+            The student's configuration, as it is trained.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        stored_student ([`~transformers.PreTrainedConfig`]):
+            The student's configuration as it lies beside the weights.
+        teacher ([`~transformers.PreTrainedConfig`], *optional*):
+            The teacher's; for `"base"` the student's own. `None` without a teacher.
+        teacher_vocab (`dict[str, int]`, *optional*):
+            The teacher's tokens and their ids; `None` where they are not known.
+    """
+
+    student: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stored_student: PreTrainedConfig
+    teacher: PreTrainedConfig | None = None
+    teacher_vocab: dict[str, int] | None = None
+
+    def positions(self) -> dict[str, int | None]:
+        """Positions of each model that reads prompts, by what messages call it."""
+        models = {"the student": self.student, "the teacher": self.teacher}
+        return {name: trained_positions(config) for name, config in models.items() if config is not None}
+
+
+def read_models(
+    student: str | nn.Module,
+    teacher: str | PreTrainedModel | None,
+    args: DGRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Models:
+    """Reads configurations and vocabularies.
+
+    Args:
+        student (`str` or `nn.Module`), teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Hub ids, paths, or loaded models; `"base"` for the student as its own teacher.
+        args ([`DGRPOConfig`]):
+            Revisions, and the positions that the models are given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+
+    Raises:
+        ValueError: If the teacher's configuration or tokenizer cannot be read.
+    """
+    if isinstance(student, str):
+        kwargs = args.model_init_kwargs or {}
+        hub_kwargs = {"revision": kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
+        config = load_config(student, kwargs, **hub_kwargs)
+        has_changes = any(kwargs.get(name) is not None for name in POSITION_ARGUMENTS)
+        stored_config = load_config(student, **hub_kwargs) if has_changes else config
+    else:
+        config = stored_config = student.config
+    if teacher is None:
+        return Models(config, tokenizer, stored_config)
+    if teacher == BASE_TEACHER:
+        return Models(config, tokenizer, stored_config, config, tokenizer.get_vocab())
+    return Models(
+        config, tokenizer, stored_config, load_teacher_config(teacher, args), load_teacher_vocab(teacher, args)
+    )
+
+
+def load_config(name_or_path: str, init_kwargs: dict[str, Any] | None = None, **hub_kwargs: Any) -> PreTrainedConfig:
+    """A model's configuration, with the positions that `from_pretrained` would give it.
+
+    Args:
+        name_or_path (`str`):
+            Hub id or path.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of `from_pretrained`, of which only `POSITION_ARGUMENTS` are used.
+        hub_kwargs:
+            Where to find it: `revision`, `trust_remote_code`.
+    """
+    given = init_kwargs or {}
+    changes = {name: given[name] for name in POSITION_ARGUMENTS if given.get(name) is not None}
+    return AutoConfig.from_pretrained(name_or_path, **hub_kwargs, **changes)
+
+
+def load_student_tokenizer(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The student's tokenizer.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The student {name_or_path!r} cannot be read: {error} Check `model_name_or_path`; where it is the output "
+            "of an earlier stage, run that first, or name the model that it starts from for a dry run."
+        ) from error
+
+
+def load_teacher_config(teacher: str | PreTrainedModel, args: DGRPOConfig) -> PreTrainedConfig:
+    """The teacher's configuration.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if not isinstance(teacher, str):
+        return teacher.config
+    try:
+        return load_config(teacher, teacher_init_kwargs(args), **teacher_hub_kwargs(args))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {teacher!r} cannot be read: {error} Check the id or the path in "
+            "`teacher_model_name_or_path` or `teacher_model`, and that this machine may reach and access it."
+        ) from error
+
+
+def load_teacher_vocab(teacher: str | PreTrainedModel, args: DGRPOConfig) -> dict[str, int] | None:
+    """The teacher's tokens and their ids; `None` for a loaded model that has no tokenizer beside its weights.
+
+    Raises:
+        ValueError: If a teacher that is not loaded has no tokenizer.
+    """
+    name = teacher if isinstance(teacher, str) else get_config_model_id(teacher.config)
+    reason = "there is none."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **teacher_hub_kwargs(args)) if name else None
+    except (OSError, ValueError) as error:
+        tokenizer, reason = None, str(error)
+    # Where the files are missing, transformers builds a tokenizer of special tokens alone
+    if tokenizer is not None and not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        return tokenizer.get_vocab()
+    if not isinstance(teacher, str):
+        return None
+    raise ValueError(
+        f"The teacher {name!r} has no tokenizer that can be read: {reason} Without it, nothing shows that its token "
+        "ids mean what the student's mean. Save the tokenizer beside the weights."
+    )
+
+
+def teacher_hub_kwargs(args: DGRPOConfig) -> dict[str, Any]:
+    """Where on the Hub the teacher's configuration, tokenizer and weights are, and whether their code may run."""
+    kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        kwargs["revision"] = args.teacher_model_revision
+    given = teacher_init_kwargs(args)
+    return kwargs | {name: given[name] for name in ("trust_remote_code", "revision") if name in given}
+
+
+def teacher_init_kwargs(args: DGRPOConfig) -> dict[str, Any]:
+    """`teacher_model_init_kwargs`, which the configuration has parsed where it was JSON.
+
+    Raises:
+        ValueError: If it was a string, but no JSON object.
+    """
+    given = args.teacher_model_init_kwargs or {}
+    if isinstance(given, str):
+        raise ValueError(
+            f"`teacher_model_init_kwargs` is {given!r}. It maps the arguments of `from_pretrained` to values. Write a "
+            "JSON object."
+        )
+    return given

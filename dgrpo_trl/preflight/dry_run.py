@@ -1,0 +1,305 @@
+"""The dry run: everything about a run that can be known without weights and without a GPU."""
+
+import math
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from ..chat import num_row_tokens, prompt_token_counter
+from ..checks import run_findings, supervised_problems
+from ..config import DGRPOConfig
+from ..models import Models, read_models
+from ..positions import rope_scaling, stated_positions, trained_positions
+from ..shared_prefix import unsupported_reason
+from ..teacher import resolve_teacher
+from .engine import Engine, Gpu
+from .estimates import GIB, Estimates, Rows
+from .report import Report
+from .shape import Shape
+
+
+# Rows tokenized for the statistics of lengths, and of the longest by bytes
+SAMPLED_ROWS, LONGEST_ROWS = 2000, 200
+# Beyond this share of its memory a GPU runs out of it in practice: fragments, kernels, communication
+USABLE_SHARE = 0.92
+
+_MEMORY = "Memory of a GPU in GiB, at the longest prompt"
+
+
+def preflight(
+    args: TrainingArguments,
+    student: str,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    gpu: Gpu,
+    mfu: float = 0.4,
+    peft_config: Any = None,
+) -> Report:
+    """Checks a run of dGRPO, or of SFT, before it starts, and estimates its memory and its time.
+
+    Args:
+        args ([`DGRPOConfig`] or [`~trl.SFTConfig`]):
+            The run. Its `model_init_kwargs` say how the student's configuration is changed.
+        student (`str`):
+            Hub id or path.
+        dataset ([`~datasets.Dataset`]):
+            Rows to train on, with `prompt`; for SFT with `completion` too. A stream has no length and is refused.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        engine ([`Engine`]):
+            How it is distributed.
+        gpu ([`Gpu`]):
+            Every device.
+        mfu (`float`, *optional*, defaults to `0.4`):
+            Share of the GPU's peak that training reaches: an assumption.
+        peft_config (*optional*):
+            LoRA.
+
+    Returns:
+        [`Report`]
+
+    Raises:
+        ValueError: If a configuration or the teacher's tokenizer cannot be read, or `dataset` is a stream.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("A dry run counts rows and tokens, and a stream has no end. Set `dataset_streaming: false`.")
+    is_dgrpo = isinstance(args, DGRPOConfig)
+    teacher = resolve_teacher(None, args, student, peft_config is not None) if is_dgrpo else None
+    if not is_dgrpo or args.distill_coef == 0:
+        teacher = None
+    models = read_models(student, teacher, args, tokenizer)
+    shape = Shape.of(models.student, peft_config, args.trust_remote_code)
+    teacher_shape = None
+    if models.teacher is not None:
+        is_base = models.teacher is models.student
+        teacher_shape = shape if is_base else Shape.of(models.teacher, trust_remote_code=args.trust_remote_code)
+    dry_run = Preflight(args, models, dataset, Estimates(args, shape, teacher_shape, engine, gpu, mfu))
+    if is_dgrpo:
+        dry_run.rollouts()
+    else:
+        dry_run.supervised()
+    return dry_run.report
+
+
+class Preflight:
+    """A dry run, which fills its `report`.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The run.
+        models ([`Models`]):
+            Student and teacher.
+        dataset ([`~datasets.Dataset`]):
+            Rows to train on.
+        estimates ([`Estimates`]):
+            Memory and time of the run.
+    """
+
+    def __init__(self, args: TrainingArguments, models: Models, dataset: Dataset, estimates: Estimates):
+        self.args = args
+        self.models = models
+        self.dataset = dataset
+        self.estimates = estimates
+        self.engine = estimates.engine
+        self.report = Report()
+
+    # --- dGRPO, GRPO and on-policy distillation
+
+    def rollouts(self) -> None:
+        args, models = self.args, self.models
+        findings = run_findings(args, models, {"train_dataset": self.dataset}, self.engine.num_processes)
+        self.report.problems += findings.problems
+        self.report.warnings += findings.warnings
+        steps = self._rollout_batches()
+        lengths = self._prompt_lengths("prompt", "the student")
+        has_own = models.teacher is not None and args.teacher_prompt_column in self.dataset.column_names
+        teacher_lengths = self._prompt_lengths(args.teacher_prompt_column, "the teacher") if has_own else lengths
+        self._positions()
+        completion = args.max_completion_length or 0
+        epoch_tokens = (statistics.mean(lengths) + args.num_generations * completion) * len(self.dataset)
+        reason = "so configured" if args.shared_prefix == "off" else unsupported_reason(models.student)
+        add = self._adder("Batches")
+        add("tokens per epoch", f"{epoch_tokens / 1e6:,.1f} million at most, prompts once")
+        add("shared prefix", "on" if reason is None else f"off: {reason}")
+        self._rollout_memory(Rows(max(lengths), max(teacher_lengths), completion, reason is None))
+        mean, teacher_mean = statistics.mean(lengths), statistics.mean(teacher_lengths)
+        self._rollout_time(Rows(mean, teacher_mean, completion, reason is None), steps)
+
+    def _rollout_batches(self) -> int:
+        """Reports the batches, and returns the number of steps."""
+        args, num_processes = self.args, self.engine.num_processes
+        group, rows, accumulation = (
+            args.num_generations,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+        )
+        completions = num_processes * rows * accumulation
+        steps_per_epoch = len(self.dataset) * group * args.num_iterations / completions
+        steps = self._num_steps(steps_per_epoch)
+        add = self._adder("Batches")
+        add(
+            "an optimizer step",
+            f"{num_processes} processes x {rows} x {accumulation} = {completions} completions = "
+            f"{completions / group:g} prompts x {group}",
+        )
+        add(
+            "a generation batch",
+            f"{num_processes * rows * args.steps_per_generation} completions in {args.steps_per_generation} "
+            "micro-batches",
+        )
+        add("steps", f"{steps:,}, {steps / steps_per_epoch:.2f} epochs of {len(self.dataset):,} prompts")
+        if rows % group and args.shared_prefix != "off":
+            self.report.warnings.append(
+                f"`per_device_train_batch_size` ({rows}) is no multiple of `num_generations` ({group}): groups are "
+                "split over micro-batches, and their prompts run more than once."
+            )
+        return steps
+
+    def _num_steps(self, steps_per_epoch: float) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(steps_per_epoch * self.args.num_train_epochs)
+
+    def _prompt_lengths(self, column: str, reader: str) -> list[int]:
+        """Reports the lengths of the prompts that `reader` reads, in tokens, and returns them sorted."""
+        chosen, sample = _sample(self.dataset, column)
+        count = prompt_token_counter(self.models.tokenizer, self.args.chat_template_kwargs or {}, None)
+        lengths = sorted(count([prompt])[0] for prompt in chosen if prompt is not None) or [0]
+        self._adder("Lengths in tokens")(
+            f"`{column}`, read by {reader}",
+            f"least {lengths[0]:,}, median {lengths[len(lengths) // 2]:,}, "
+            f"95 % {lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]:,}, most {lengths[-1]:,} ({sample})",
+        )
+        return lengths
+
+    def _positions(self) -> None:
+        add = self._adder("Positions")
+        for name, config in (("the student", self.models.student), ("the teacher", self.models.teacher)):
+            if config is None:
+                continue
+            stated, trained = stated_positions(config), trained_positions(config)
+            limit = "unlimited" if trained is None else f"{trained:,}"
+            but_stated = "" if stated == trained else f" ({stated:,} are stated, it was trained on fewer)"
+            add(name, f"{limit}{but_stated}, RoPE {rope_scaling(config) or 'unscaled'}")
+
+    def _rollout_memory(self, longest: Rows) -> None:
+        self._memory(self.estimates.rollout_memory(longest))
+        if longest.shares_prefix:
+            plain, shared = (
+                self.estimates.training_activations(rows) / GIB
+                for rows in (replace(longest, shares_prefix=False), longest)
+            )
+            self._adder(_MEMORY)("activations without sharing", f"{plain:.1f} instead of {shared:.1f}")
+
+    def _memory(self, phases: dict[str, dict[str, float]]) -> None:
+        add, gpu = self._adder(_MEMORY), self.estimates.gpu
+        for phase, items in phases.items():
+            in_gib = {name: value / GIB for name, value in items.items() if value > 0}
+            self.report.memory_gib[phase] = in_gib
+            parts = ", ".join(f"{name} {value:.1f}" for name, value in in_gib.items())
+            add(f"while {phase}", f"{sum(in_gib.values()):.1f} = {parts}")
+        most = max(sum(items.values()) for items in self.report.memory_gib.values())
+        usable = USABLE_SHARE * gpu.memory_gib
+        add("of the GPU", f"{gpu.memory_gib:.1f}, of which {usable:.1f} can be used")
+        if most > usable:
+            self.report.warnings.append(
+                f"The estimate of {most:.1f} GiB exceeds the {usable:.1f} that can be used of a GPU by "
+                f"{most - usable:.1f}. In this order: " + "; ".join(self.estimates.memory_remedies()) + "."
+            )
+
+    def _rollout_time(self, mean: Rows, steps: int) -> None:
+        estimates = self.estimates
+        completions = (
+            self.engine.num_processes * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        )
+        prompts = completions / self.args.num_generations
+        work, seconds, decode = {}, {}, estimates.decode_seconds(mean)
+        for shares in (True, False):
+            per_prompt = estimates.rollout_flops(replace(mean, shares_prefix=shares))
+            work[shares] = {name: value * prompts for name, value in per_prompt.items()}
+            seconds[shares] = estimates.seconds(sum(work[shares].values())) + decode
+        self.report.step_seconds = {"shared": seconds[True], "plain": seconds[False], "decode": decode}
+        flops, total = work[mean.shares_prefix], seconds[mean.shares_prefix]
+        parts = ", ".join(f"{name} {value / 1e15:,.2f}" for name, value in flops.items())
+        add = self._adder(f"Time, an estimate: {estimates.mfu:.0%} of the peak assumed, at the mean prompt")
+        add("10^15 operations of a step", f"{sum(flops.values()) / 1e15:,.2f} = {parts}")
+        add(
+            "seconds of a step", f"{total:,.1f}, of which {decode:,.1f} decoding, bound by the bandwidth of the memory"
+        )
+        add("hours of the run", f"{steps * total / 3600:,.1f}")
+        if mean.shares_prefix:
+            plain = seconds[False]
+            add(
+                "without the shared prefix",
+                f"{plain:,.1f} s per step, {steps * plain / 3600:,.1f} hours: {plain / total:.1f} times as long",
+            )
+
+    # --- SFT
+
+    def supervised(self) -> None:
+        args, models = self.args, self.models
+        self.report.problems += supervised_problems(args, models, self.dataset)
+        lengths, sample = self._row_lengths()
+        max_length = args.max_length or max(lengths)
+        longest = min(max(lengths), max_length)
+        mean = statistics.mean(min(length, max_length) for length in lengths)
+        packed = args.max_length if args.packing and args.max_length else None
+        num_steps, rows_per_step = self._supervised_batches(mean, packed)
+        self._adder("Lengths in tokens")(
+            "rows, prompt and completion",
+            f"median {sorted(lengths)[len(lengths) // 2]:,}, most {max(lengths):,} ({sample})",
+        )
+        self._positions()
+        self._memory(self.estimates.supervised_memory(args.per_device_train_batch_size * (packed or longest)))
+        self._supervised_time(self.estimates.supervised_flops(int(mean)) * rows_per_step, num_steps)
+
+    def _supervised_batches(self, mean: float, packed: int | None) -> tuple[int, float]:
+        """Reports the batches, and returns the number of steps, and of rows of the data set per step."""
+        args, num_processes, num_rows = self.args, self.engine.num_processes, len(self.dataset)
+        rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        batch = num_processes * rows * accumulation
+        num_trained = math.ceil(num_rows * mean / packed) if packed else num_rows
+        steps_per_epoch = num_trained / batch
+        steps = self._num_steps(steps_per_epoch)
+        kind = f"packed rows of {packed:,} tokens" if packed else "rows"
+        add = self._adder("Batches")
+        add("an optimizer step", f"{num_processes} processes x {rows} x {accumulation} = {batch} {kind}")
+        add("steps", f"{steps:,}, {steps / steps_per_epoch:.2f} epochs of {num_rows:,} rows")
+        add("tokens per epoch", f"{num_rows * mean / 1e6:,.1f} million")
+        return steps, num_rows / steps_per_epoch
+
+    def _supervised_time(self, flops: float, steps: int) -> None:
+        seconds = self.estimates.seconds(flops)
+        self.report.step_seconds = {"plain": seconds}
+        add = self._adder(f"Time, an estimate: {self.estimates.mfu:.0%} of the peak assumed")
+        add("10^15 operations of a step", f"{flops / 1e15:,.2f}")
+        add("seconds of a step", f"{seconds:,.1f}")
+        add("hours of the run", f"{steps * seconds / 3600:,.1f}")
+
+    def _row_lengths(self) -> tuple[list[int], str]:
+        rows, sample = _sample(self.dataset, "prompt", "completion")
+        return [num_row_tokens(*row, self.models.tokenizer) for row in rows] or [0], sample
+
+    def _adder(self, section: str) -> Callable[[str, str], None]:
+        return lambda name, value: self.report.add(section, name, value)
+
+
+def _sample(dataset: Dataset, *columns: str) -> tuple[list, str]:
+    """Values of columns: of all rows, or of a random sample and of those that look longest."""
+    table = dataset.select_columns(list(columns))
+
+    def values(index: int) -> Any:
+        row = table[index]
+        return row[columns[0]] if len(columns) == 1 else tuple(row[name] for name in columns)
+
+    if len(dataset) <= SAMPLED_ROWS:
+        return [values(i) for i in range(len(dataset))], f"all {len(dataset):,} rows"
+    sizes = sorted(range(len(dataset)), key=lambda i: len(str(values(i))))
+    chosen = {*random.Random(0).sample(range(len(dataset)), SAMPLED_ROWS), *sizes[-LONGEST_ROWS:]}
+    return [values(i) for i in sorted(chosen)], f"{SAMPLED_ROWS:,} rows at random and the {LONGEST_ROWS} longest"
