@@ -7,7 +7,25 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 
-UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+# Scripts that are written without spaces between words, as ranges of a character class. Their letters and marks: those
+# with Line_Break=SA in Unicode's LineBreak.txt (UAX #14: a line of Thai breaks where a dictionary says), and those of
+# Han, kana, Bopomofo, Yi, Javanese and Balinese. Not their digits and punctuation: "๒๕๖๐" is one word, as "2560" is.
+# Not Hangul, as Korean has spaces, and not Tibetan, which has a mark between its syllables.
+UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ec6\u0ec8-\u0ece\u0edc-\u0edf"  # Lao
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"  # Myanmar
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"  # Khmer
+    "\u1950-\u19cf\u1a20-\u1a7c\u1aa7\uaa80-\uaadd\U00011700-\U0001172f\U00011740-\U0001174f"  # Tai scripts, Ahom
+    "\u1b00-\u1b4c\u1b6b-\u1b73\ua980-\ua9c0\ua9cf"  # Balinese, Javanese
+    "\u3005-\u3007\u3021-\u302d\u3031-\u3035\u3038-\u303c"  # Iteration and tone marks, Hangzhou numerals
+    "\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Kana
+    "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00016fe3\U00016ff0-\U00016ff6\U00020000-\U00033fff"  # Han
+    "\ua000-\ua48c"  # Yi
+)
+# Korean has spaces, but particles join its words, and a character is a syllable
+HANGUL = "\uac00-\ud7a3"
 # A word; or one character of a script without spaces, which counts as a word of its own
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 

@@ -129,9 +129,16 @@ def test_blocks_that_share_rare_terms_are_linked_and_neighbours_are_not():
     assert links[2] == [15] and set(links[15]) == {2, 3} and links[8] == []
 
 
-def test_japanese_blocks_are_linked_by_pairs_of_characters():
-    texts = [f"天気についての普通の文章{chr(0x4E00 + i)}{chr(0x5E00 + i)}" for i in range(20)]
-    texts[1], texts[12] = "灯台守の老人は霧笛を鳴らした", "霧笛を鳴らす灯台守の家"
+@pytest.mark.parametrize(
+    ("filler", "text", "related"),
+    [
+        ("天気についての普通の文章{}{}", "灯台守の老人は霧笛を鳴らした", "霧笛を鳴らす灯台守の家"),
+        ("날씨에 대한 평범한 문장 {}{}", "등대지기는 무적을 울렸다", "무적이 울리는 등대지기의 집"),
+    ],
+)
+def test_blocks_are_linked_by_pairs_of_characters_where_words_are_not_to_be_had(filler, text, related):
+    texts = [filler.format(chr(0x4E00 + i), chr(0x5E00 + i)) for i in range(20)]
+    texts[1], texts[12] = text, related
     assert link_blocks(make_blocks(texts), BlocksConfig())[1] == [12]
 
 

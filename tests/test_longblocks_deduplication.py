@@ -81,6 +81,18 @@ def test_texts_without_spaces_are_compared_by_characters(tmp_path):
         assert deduplicator.add(record("c", text[::-1]), "0") is None
 
 
+def test_korean_is_compared_by_words(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(chr(rng.randint(0xAC00, 0xD7A3)) for _ in range(rng.randint(2, 5))) for _ in range(600)]
+    edited = [word if index % 30 else word[:-1] + "가" for index, word in enumerate(words)]
+    by_words, other = (DeduplicationConfig(shingle_chars=chars) for chars in (10, 3))
+    assert signature(" ".join(words), by_words) == signature(" ".join(words), other)
+    with Deduplicator(tmp_path / "d.sqlite", CONFIG) as deduplicator:
+        assert deduplicator.add(record("a", " ".join(words)), "0") is None
+        assert deduplicator.add(record("b", " ".join(edited)), "0").reason == "near_duplicate"
+        assert deduplicator.add(record("c", " ".join(words[::-1])), "0") is None
+
+
 def test_what_an_unfinished_part_added_can_be_forgotten(tmp_path):
     with Deduplicator(tmp_path / "d.sqlite", CONFIG) as deduplicator:
         assert deduplicator.add(record("a", make_text(1)), "part-1") is None
@@ -167,6 +179,13 @@ def test_scripts_without_spaces_are_compared_by_characters(tmp_path):
     decontaminator = make_decontaminator(tmp_path, [text])
     assert decontaminator.find(f"質問：{text[3:29]}。")[0] == "bench"
     assert decontaminator.find(text[3:28]) is None
+
+
+def test_korean_is_compared_by_words_in_questions_too(tmp_path):
+    words = "어느 겨울 아침 항구 근처에서 고래가 한 마리 나타났고 마을 사람들은 아무도 그것을 예상하지 못했다".split()
+    decontaminator = make_decontaminator(tmp_path, [" ".join(words)])
+    assert decontaminator.find(" ".join(words[1:14])) == ("bench", " ".join(words[1:14]))
+    assert decontaminator.find(" ".join(words[1:13])) is None
 
 
 @settings(max_examples=60, deadline=None)

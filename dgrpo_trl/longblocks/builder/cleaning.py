@@ -26,7 +26,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ...strict_model import StrictModel
-from ...text import break_special_tokens
+from ...text import HANGUL, UNSPACED, break_special_tokens
 from ..records import Document, Drop
 
 
@@ -89,8 +89,8 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SAMPLE_CHARS = 1000
 # Below this number of letters, language identification guesses
 _MIN_LETTERS = 20
-_MIN_LETTERS_UNSPACED = 8  # of scripts whose characters are syllables or words
-_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]")
+_MIN_DENSE_LETTERS = 8  # of scripts whose characters are syllables or words, or that few languages share
+_DENSE = re.compile(f"[{UNSPACED}{HANGUL}]")
 _MIN_CONFIDENCE = 0.7
 # Beyond this confidence the source's word is doubted; below, it is taken
 _CERTAIN = 0.95
@@ -262,8 +262,7 @@ def identify(text: str) -> tuple[str | None, float]:
         or could be in several languages.
     """
     letters = [character for character in text if character.isalpha()]
-    num_unspaced = len(_UNSPACED.findall(text))
-    if len(letters) < _MIN_LETTERS and num_unspaced < _MIN_LETTERS_UNSPACED:
+    if len(letters) < _MIN_LETTERS and len(_DENSE.findall(text)) < _MIN_DENSE_LETTERS:
         return None, 0.0
     code, confidence = _identifier().classify(text)
     confidence = float(confidence)

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from ...strict_model import StrictModel
+from ...text import UNSPACED
 from ..records import Drop
 
 
@@ -23,8 +24,7 @@ STAGE = "deduplication"
 
 _SEED = 1
 _EXACT_BYTES = 8
-# Written without spaces between words
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class DeduplicationConfig(StrictModel):
@@ -77,7 +77,7 @@ def _hash(data: bytes) -> int:
 
 
 def _shingles(text: str, config: DeduplicationConfig) -> set[str]:
-    if len(_UNSPACED.findall(text)) * 4 > len(text):
+    if len(_IS_UNSPACED.findall(text)) * 4 > len(text):
         size, pieces, joiner = config.shingle_chars, re.sub(r"\W+", "", text), ""
     else:
         size, pieces, joiner = config.shingle_words, re.findall(r"\w+", text), " "

@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from semantic_text_splitter import CodeSplitter, MarkdownSplitter, TextSplitter
 
 from ...strict_model import StrictModel
+from ...text import HANGUL, UNSPACED
 from ..records import Kind
 
 
@@ -57,10 +58,10 @@ _STRETCH = re.compile(rf"{_NO_BORDER}{{3000,4000}}(?<=\s)|{_NO_BORDER}{{4000}}")
 # Parsing holds a node for every few characters
 _MAX_PARSED_CHARS = 3_000_000
 
-# Written without spaces between words, or with particles joined to them: compared by pairs of characters
-_UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
-_TERM = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
-_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+# Compared by pairs of characters. In Korean too, words are not to be had: particles are joined to them
+_PAIRED = UNSPACED + HANGUL
+_TERM = re.compile(rf"[{_PAIRED}]+|[^\W{_PAIRED}]+")
+_IS_PAIRED = re.compile(f"[{_PAIRED}]")
 
 _BM25_K1, _BM25_B = 1.5, 0.75
 _MAX_QUERY_TERMS = 16  # terms of a block by which others are found, the most telling first
@@ -213,9 +214,9 @@ def link_blocks(blocks: list[Block], config: BlocksConfig) -> list[list[int]]:
 
 
 def terms(text: str) -> Iterator[str]:
-    """Words of three characters and more, small; pairs of characters where no space stands between words."""
+    """Words of three characters and more, in lower case; pairs of characters without spaces and in Korean."""
     for run in _TERM.findall(text.casefold()):
-        if not _IS_UNSPACED.match(run):
+        if not _IS_PAIRED.match(run):
             if len(run) > 2:
                 yield run
         else:

@@ -31,6 +31,7 @@ from pydantic import Field, model_validator
 from ...llm import ChatClient, RequestFailed, parse_verdict, quote
 from ...rewards.text import normalize_answer
 from ...strict_model import StrictModel
+from ...text import UNSPACED
 from ..records import Check, Drop, Row
 
 
@@ -41,7 +42,7 @@ UNANSWERABLE = "unanswerable"
 Identify = Callable[[str], tuple[str | None, float]]
 
 _MIN_OTHER_LANGUAGE_CONFIDENCE = 0.95
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # A minus sign follows no word: "1987-1990" and "covid-19" hold none
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d.,]*")
 _THOUSANDS_MARK = re.compile(r"(?<=\d)['\u00a0\u2009\u202f\u2019](?=\d{3}(?!\d))")
@@ -413,7 +414,7 @@ def _words(text: str) -> list[str]:
 
 
 def _length(words: list[str]) -> float:
-    return sum(0.5 if _UNSPACED.match(word) else 1 for word in words)
+    return sum(0.5 if _IS_UNSPACED.match(word) else 1 for word in words)
 
 
 def _find(words: list[str], part: list[str]) -> list[int]:
