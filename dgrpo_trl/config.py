@@ -7,7 +7,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .losses import DIVERGENCES
-from .shared_prefix import BACKENDS
+from .shared_prefix import BACKEND_CHOICES, check_backend
 
 
 SHARED_PREFIX_MODES = ("auto", "on", "off")
@@ -61,8 +61,9 @@ class DGRPOConfig(GRPOConfig):
             exact, and logs where it is not; `"on"` raises where it is not; `"off"` runs every completion with a copy
             of its prompt, as TRL does.
         shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
-            Attention kernels of packed rows: `"flash_attention_3"`, `"flash_attention_2"`, `"torch"` (what PyTorch is
-            built with) or `"math"` (plain matrix products); see [`~shared_prefix.choose_kernel`].
+            Attention kernels of packed rows: `"flash_attention_3"` and `"flash_attention_4"` are packages, `"torch"`
+            what PyTorch is built with (FlashAttention 2 on CUDA), `"math"` plain matrix products. `"auto"` takes the
+            fastest that can be used, and warns where a faster one is missing.
         max_tokens_per_micro_batch (`int`, *optional*):
             Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the whole, the
             memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and
@@ -142,7 +143,7 @@ class DGRPOConfig(GRPOConfig):
     )
     shared_prefix_backend: str = field(
         default="auto",
-        metadata={"help": "Attention kernels of the shared prefix.", "choices": list(BACKENDS)},
+        metadata={"help": "Attention kernels of the shared prefix.", "choices": list(BACKEND_CHOICES)},
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
@@ -186,11 +187,12 @@ class DGRPOConfig(GRPOConfig):
                 f"`distill_jsd_mixture` must lie strictly between 0 and 1, got {self.distill_jsd_mixture}. At 0 and 1 "
                 "the divergence vanishes: set `distill_divergence` to 'reverse_kl' or 'forward_kl' instead."
             )
-        for name, choices in (("shared_prefix", SHARED_PREFIX_MODES), ("shared_prefix_backend", BACKENDS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, which is not known. Choose one of {', '.join(choices)}."
-                )
+        if self.shared_prefix not in SHARED_PREFIX_MODES:
+            raise ValueError(
+                f"`shared_prefix` is {self.shared_prefix!r}, which is not known. Choose one of "
+                f"{', '.join(SHARED_PREFIX_MODES)}."
+            )
+        check_backend(self.shared_prefix_backend)
         if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
             raise ValueError(
                 f"`max_tokens_per_micro_batch` must be at least 1, got {self.max_tokens_per_micro_batch}. It bounds "

@@ -1,7 +1,6 @@
 """Packed rows against plain ones: attention, every allowed model type, values and gradients; controls that fail."""
 
 import contextlib
-import sys
 import types
 from unittest import mock
 
@@ -16,293 +15,19 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dgrpo_trl.rollouts import Rollouts
 from dgrpo_trl.scoring import CompletionScoring, add_completion_scoring, load_balancing_loss, router_sums
 from dgrpo_trl.shared_prefix import (
-    BACKENDS,
     SUPPORTED_LAYERS,
+    ExactnessCheck,
     Group,
     PrefixLayout,
-    check_kernel,
-    choose_kernel,
-    kernels,
     pack,
-    packed_attention,
     register,
     share_prefill,
     shared_prefix_attention,
     split_by_tokens,
     unsupported_reason,
 )
-from dgrpo_trl.shared_prefix.kernels import (
-    FlashAttention2Kernel,
-    FlashAttention3Kernel,
-    MathKernel,
-    TorchCPUKernel,
-    TorchFlashKernel,
-)
+from dgrpo_trl.shared_prefix.kernels import TorchCPUKernel
 from dgrpo_trl.shared_prefix.support import SLIDING
-
-
-CPU = torch.device("cpu")
-LAYOUT = PrefixLayout((Group(0, 37, (5, 1, 9)), Group(52, 0, (3,)), Group(55, 11, (12, 30))))
-
-
-# --- Attention
-
-
-def naive_attention(q, k, v, layout, scale, window):
-    """Straight from the definition, with a mask of L x L; `q` of shape `(L, Hq, D)`."""
-    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
-    positions = torch.zeros(layout.num_tokens, dtype=torch.long)
-    for group in layout.groups:
-        start, end = group.start, group.start + group.prefix_length
-        positions[start:end] = torch.arange(group.prefix_length)
-        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
-        branch = end
-        for length in group.branch_lengths:
-            positions[branch : branch + length] = group.prefix_length + torch.arange(length)
-            seen[branch : branch + length, start:end] = True
-            seen[branch : branch + length, branch : branch + length] = torch.ones(length, length).tril().bool()
-            branch += length
-    if window is not None:
-        seen &= positions[:, None] - positions[None] < window
-    repeats = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-
-
-def random_qkv(layout, dtype=torch.float64, head_dim=8):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(layout.num_tokens, heads, head_dim, generator=generator, dtype=dtype, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 16, 40, 100])
-@pytest.mark.parametrize("kernel", [MathKernel(), TorchCPUKernel()], ids=lambda kernel: type(kernel).__name__)
-def test_attention_and_gradients_equal_the_definition(kernel, window):
-    qkv = random_qkv(LAYOUT)
-    out = packed_attention(*qkv, LAYOUT, 0.3, window, kernel)
-    expected = naive_attention(*qkv, LAYOUT, 0.3, window)
-    grad = torch.randn_like(out)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
-    pairs = zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True)
-    for got, wanted in pairs:
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-
-
-def test_attention_passes_gradcheck():
-    layout = PrefixLayout((Group(0, 5, (2, 3)),))
-
-    def attention(q, k, v):
-        return packed_attention(q, k, v, layout, 0.3, None, TorchCPUKernel())
-
-    assert torch.autograd.gradcheck(attention, random_qkv(layout, head_dim=3))
-
-
-@pytest.mark.parametrize("kernel", [MathKernel(), TorchCPUKernel()], ids=lambda kernel: type(kernel).__name__)
-def test_bfloat16_attention_is_as_close_as_rounding_allows(kernel):
-    qkv = random_qkv(LAYOUT)
-    expected = naive_attention(*qkv, LAYOUT, 0.3, None)
-    out = packed_attention(*(x.bfloat16() for x in qkv), LAYOUT, 0.3, None, kernel)
-    assert out.dtype == torch.bfloat16
-    assert (out - expected).abs().mean() < 0.01 * expected.abs().mean()
-
-
-@pytest.mark.parametrize("tile", [16, 17, 1024])
-def test_the_math_kernel_does_not_depend_on_its_tiles(monkeypatch, tile):
-    monkeypatch.setattr(kernels, "MAX_SCORES", tile * 4 * 37)
-    check_kernel(MathKernel(), CPU, torch.float64, 8)
-    qkv = random_qkv(LAYOUT)
-    out = packed_attention(*qkv, LAYOUT, 0.3, 8, MathKernel())
-    torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, 8), rtol=0, atol=1e-13)
-
-
-def test_no_mask_and_no_copy_of_the_prompt_is_made():
-    large = {}
-    for num_branches in (2, 8):
-        layout = PrefixLayout((Group(0, 16384, (8,) * num_branches),))
-        qkv = random_qkv(layout, torch.float32)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            out = packed_attention(*qkv, layout, 0.3, None, TorchCPUKernel())
-            out.sum().backward()
-        sizes = [event.self_cpu_memory_usage for event in profile.events()]
-        # Outputs and gradients are as large as the queries; 8 copies of the prompt's keys would be 4 times that
-        assert max(sizes) < 1.5 * qkv[0].numel() * 4
-        large[num_branches] = sum(size >= 16384 * 2 * 8 * 4 for size in sizes)
-    assert large[2] == large[8]  # nor is there one copy after the other
-
-
-# --- Kernels
-
-
-def fake_flash(version):
-    """A module with the raw kernels' signatures, as published with flash-attn 2.8 and 3.0, that computes by hand."""
-    math = MathKernel()
-
-    def lengths(offsets):
-        return tuple(offsets.diff().tolist())
-
-    def options(q, scale, causal, left, right):
-        assert not causal or (left, right) == (-1, -1)
-        assert right in (-1, 0) and (left, right) != (-1, 0)
-        return scale, causal or right == 0, None if left < 0 else left
-
-    def varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-    ):  # fmt: skip
-        rest = options(q, softmax_scale, causal, window_size_left, window_size_right)
-        assert max_seqlen_q == max(lengths(cu_seqlens_q)) and dropout_p == 0 and softcap == 0
-        return *math.forward(q, k, v, lengths(cu_seqlens_q), lengths(cu_seqlens_k), *rest), None, None
-
-    def varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-        rng_state=None,
-    ):  # fmt: skip
-        rest = options(q, softmax_scale, causal, window_size_left, window_size_right)
-        gradients = math.backward(dout, q, k, v, out, softmax_lse, lengths(cu_seqlens_q), lengths(cu_seqlens_k), *rest)
-        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
-            target.copy_(gradient)
-        return None
-
-    if version == 2:
-        return types.SimpleNamespace(
-            _flash_attn_varlen_forward=varlen_forward, _flash_attn_varlen_backward=varlen_backward
-        )
-
-    def forward(
-        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left,
-        window_size_right,
-    ):  # fmt: skip
-        return varlen_forward(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal),
-            *(window_size_left, window_size_right),
-        )
-
-    def backward(
-        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
-        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
-    ):  # fmt: skip
-        assert sequed_q is None and sequed_k is None
-        return varlen_backward(
-            *(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-            *(0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap, None, deterministic),
-        )
-
-    return types.SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
-
-
-@pytest.mark.parametrize("head_dim", [8, 12])  # the second is filled up to 16
-@pytest.mark.parametrize("kernel", [FlashAttention2Kernel(fake_flash(2)), FlashAttention3Kernel(fake_flash(3))])
-def test_the_flash_packages_are_called_as_published(kernel, head_dim):
-    check_kernel(kernel, CPU, torch.float32, head_dim)
-    for window in (None, 8):
-        qkv = random_qkv(LAYOUT, head_dim=head_dim)
-        out = packed_attention(*qkv, LAYOUT, 0.3, window, kernel)
-        torch.testing.assert_close(out, naive_attention(*qkv, LAYOUT, 0.3, window), rtol=0, atol=1e-12)
-
-
-def test_pytorchs_flash_operators_take_the_arguments():
-    # Shapes alone: this machine's build has no such kernel, but it has their schemas
-    q, k, v = (torch.empty(40, heads, 8, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    for lengths, causal, left in (((33, 7), True, None), ((33, 7), True, 8), ((40,), False, 5)):
-        out, lse = TorchFlashKernel().forward(q, k, v, lengths, lengths, 0.3, causal, left)
-        assert out.shape == q.shape and lse.shape == (4, 40)
-        gradients = TorchFlashKernel().backward(out, q, k, v, out, lse, lengths, lengths, 0.3, causal, left)
-        assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
-
-
-class BrokenKernel(MathKernel):
-    def backward(self, *args):
-        dq, dk, dv = super().backward(*args)
-        return dq, dk * 1.1, dv
-
-
-def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
-    with pytest.raises(RuntimeError, match="its dk is off by"):
-        check_kernel(BrokenKernel(), CPU, torch.float32, 8)
-    make_kernel = kernels._make_kernel
-    monkeypatch.setattr(
-        kernels,
-        "_make_kernel",
-        lambda name, device: BrokenKernel() if name == "torch" else make_kernel(name, device),
-    )
-    choose_kernel.cache_clear()
-    assert type(choose_kernel("auto", CPU, torch.float32, 8)) is MathKernel
-    with pytest.raises(ValueError, match="`shared_prefix_backend` is 'torch'.*its dk is off by.*Set it to 'auto'"):
-        choose_kernel("torch", CPU, torch.float32, 8)
-    choose_kernel.cache_clear()
-
-
-def test_a_backend_that_is_not_installed_is_named():
-    with pytest.raises(ValueError, match="`shared_prefix_backend` is 'flash_attention_2'.*flash_attn"):
-        choose_kernel("flash_attention_2", CPU, torch.float32, 8)
-
-
-@pytest.fixture
-def kernels_package(monkeypatch):
-    """A stand-in for the package `kernels`: FlashAttention 2 is in its cache, version 3 is not."""
-    calls = []
-
-    def install_kernel(repo_id, *, version, local_files_only):
-        calls.append((repo_id, version, local_files_only))
-        if "flash-attn2" not in repo_id:
-            raise FileNotFoundError(repo_id)
-
-    def get_kernel(repo_id, version):
-        calls.append((repo_id, version))
-        return types.SimpleNamespace(flash_attn_varlen_func=reference_attention_function)
-
-    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(install_kernel=install_kernel))
-    monkeypatch.setattr(kernels, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(kernels.hub_kernels, "get_kernel", get_kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    return calls
-
-
-def reference_attention_function():
-    """Only its module is looked at."""
-
-
-def test_auto_takes_flash_attention_from_the_cache_of_kernels(kernels_package):
-    candidates = kernels._candidates(torch.device("cuda", 0), torch.bfloat16, 64)
-    assert candidates == ["flash_attention_2", "torch", "math"]
-    assert all(local_files_only for *_, local_files_only in kernels_package)  # choosing downloads nothing
-    assert isinstance(kernels_package[-1][1], int)  # `kernels` refuses a repository without its version
-
-
-def test_flash_attention_from_kernels_is_asked_for_by_version(kernels_package):
-    module = kernels._flash_module("flash_attention_2")
-    assert module is sys.modules[__name__]
-    ((repo_id, version),) = kernels_package
-    assert "flash-attn2" in repo_id and isinstance(version, int)
-
-
-def test_the_cpu_uses_pytorchs_kernel():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        assert type(choose_kernel("auto", CPU, dtype, 64)) is TorchCPUKernel
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_attention_equals_the_definition(backend, window):
-    try:
-        kernel = choose_kernel(backend, torch.device("cuda", 0), torch.bfloat16, 64)
-    except ValueError as error:
-        pytest.skip(str(error))
-    qkv = random_qkv(LAYOUT, head_dim=64)
-    expected = naive_attention(*qkv, LAYOUT, 0.125, window)
-    rounded = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv]
-    out = packed_attention(*rounded, LAYOUT, 0.125, window, kernel)
-    gradients = torch.autograd.grad(out, rounded, torch.ones_like(out))
-    wanted = torch.autograd.grad(expected, qkv, torch.ones_like(expected))
-    for a, b in zip((out, *gradients), (expected, *wanted), strict=True):
-        assert (a.cpu().double() - b).norm() < 0.02 * b.norm()
 
 
 # --- Packing
@@ -606,7 +331,7 @@ def test_control_a_detached_prompt_passes_for_its_values_and_fails_for_its_gradi
     class DetachedPrefix(TorchCPUKernel):
         def backward(self, grad, q, k, v, *args):
             dq, dk, dv = super().backward(grad, q, k, v, *args)
-            is_cross = args[5] is False  # not causal: a branch that sees its prefix
+            is_cross = not args[-1].causal  # a branch that sees its prefix
             return (dq, dk * 0, dv * 0) if is_cross else (dq, dk, dv)
 
     with mock.patch("dgrpo_trl.shared_prefix.attention.choose_kernel", lambda *args: DetachedPrefix()):
@@ -660,6 +385,28 @@ def test_ordinary_forwards_and_padding_are_left_alone():
     ):
         wanted = expected.eval()(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
+
+
+# --- The comparison while training
+
+
+def test_the_comparison_runs_as_many_forwards_on_every_rank():
+    """Whether a rank has two rollouts of a prompt or not: under ZeRO-3 each forward is a collective call."""
+    accelerator = types.SimpleNamespace(device="cpu", mixed_precision="no", gather=lambda tensor: tensor)
+    for prompts, completions in (
+        ([[1, 2], [1, 2], [3]], [[5], [6], [7]]),
+        ([[1, 2], [3]], [[5], [6]]),  # the border of two ranks goes through both groups
+        ([[1, 2], [1, 2]], [[], []]),  # all of them truncated
+        ([[1, 2]], [[5]]),
+    ):
+        calls = []
+
+        def states(prompts, completions, shares_prefix, calls=calls):
+            calls.append((len(prompts), shares_prefix))
+            return torch.ones(sum(map(len, completions)), 4)
+
+        assert ExactnessCheck(accelerator).passes(prompts, completions, states)
+        assert calls == [(1, False), (1, False), (2, True)]
 
 
 # --- Generation

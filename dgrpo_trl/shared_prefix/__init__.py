@@ -1,7 +1,17 @@
 """The shared prefix: a prompt runs once for all its completions, in training and in the prefill of generation."""
 
 from .attention import packed_attention, register, shared_prefix_attention
-from .kernels import BACKENDS, Kernel, check_kernel, choose_kernel
+from .kernels import (
+    BACKEND_CHOICES,
+    BACKENDS,
+    Backend,
+    Kernel,
+    MathKernel,
+    Sequences,
+    check_backend,
+    check_kernel,
+    choose_kernel,
+)
 from .packing import (
     Group,
     PackedRollouts,
@@ -19,12 +29,17 @@ from .support import SUPPORTED_LAYERS, unsupported_reason
 
 __all__ = [
     "BACKENDS",
+    "BACKEND_CHOICES",
+    "Backend",
     "ExactnessCheck",
     "Group",
     "Kernel",
+    "MathKernel",
     "PackedRollouts",
     "PrefixLayout",
     "SUPPORTED_LAYERS",
+    "Sequences",
+    "check_backend",
     "check_kernel",
     "choose_kernel",
     "group_rows",

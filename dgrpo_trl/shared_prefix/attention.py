@@ -13,18 +13,23 @@ each forward's own arguments, because gradient checkpointing repeats a forward w
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from .kernels import Kernel, choose_kernel
+from .kernels import Kernel, Sequences, choose_kernel
 from .packing import Group, PrefixLayout
 
 
-def _calls_to_prefix(group: Group, window: int | None) -> Iterator[tuple[slice, slice, int | None]]:
-    """How a group's branches see their prefix: rows of queries, rows of keys, and how far to the left these reach.
+_MARK = "takes_shared_prefix"  # an attribute of the attention functions that do
+MERGED_ELEMENTS = 2**24  # of the outputs, merged at a time: the float32 intermediates are of this size
+
+
+def _calls_to_prefix(group: Group, window: int | None) -> Iterator[tuple[slice, slice, Sequences]]:
+    """How a group's branches see their prefix: rows of queries, rows of keys, and which of them see which.
 
     Without a window, one call serves all branches. With one, only the first tokens of a branch see the last of the
     prefix, and how many of it depends on the place in the branch.
@@ -32,51 +37,57 @@ def _calls_to_prefix(group: Group, window: int | None) -> Iterator[tuple[slice, 
     if group.prefix_length == 0:
         return
     if window is None:
-        yield group.branches, group.prefix, None
+        lengths = (sum(group.branch_lengths),), (group.prefix_length,)
+        yield group.branches, group.prefix, Sequences(*lengths, causal=False)
         return
-    keys = slice(max(group.prefix.start, group.prefix.stop - (window - 1)), group.prefix.stop)
-    if keys.start == keys.stop:
+    num_keys = min(group.prefix_length, window - 1)
+    if num_keys == 0:
         return
+    keys = slice(group.prefix.stop - num_keys, group.prefix.stop)
     for start, length in zip(group.branch_starts, group.branch_lengths, strict=True):
         num_queries = min(length, window - 1)
-        yield slice(start, start + num_queries), keys, window - 1 - num_queries
+        reach = window - 1 - num_queries
+        yield slice(start, start + num_queries), keys, Sequences((num_queries,), (num_keys,), causal=False, left=reach)
 
 
-class _SharedPrefixAttention(torch.autograd.Function):
-    """`q` of shape `(L, Hq, D)`, `k` and `v` of shape `(L, Hkv, D)`; the output is of `q`'s shape."""
-
+class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, layout: PrefixLayout, scale: float, window: int | None, kernel: Kernel):
-        segments = layout.segments
-        left = None if window is None else window - 1
-        out, lse = kernel.forward(q, k, v, segments, segments, scale, True, left)
-        for group in layout.groups:
-            for queries, keys, reach in _calls_to_prefix(group, window):
-                lengths = (queries.stop - queries.start,), (keys.stop - keys.start,)
-                part, part_lse = kernel.forward(q[queries], k[keys], v[keys], *lengths, scale, False, reach)
-                _merge(out[queries], lse[:, queries], part, part_lse)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: PrefixLayout,
+        scale: float,
+        window: int | None,
+        kernel: Kernel,
+    ) -> Tensor:
+        own = Sequences(layout.segments, layout.segments, causal=True, left=None if window is None else window - 1)
+        with kernel.active():
+            out, lse = kernel.forward(q, k, v, scale, own)
+            for group in layout.groups:
+                for queries, keys, sequences in _calls_to_prefix(group, window):
+                    part, part_lse = kernel.forward(q[queries], k[keys], v[keys], scale, sequences)
+                    _merge(out[queries], lse[:, queries], part, part_lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale, ctx.window, ctx.kernel = layout, scale, window, kernel
+        ctx.layout, ctx.scale, ctx.window, ctx.kernel, ctx.own = layout, scale, window, kernel, own
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        segments, scale, kernel = ctx.layout.segments, ctx.scale, ctx.kernel
-        left = None if ctx.window is None else ctx.window - 1
-        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, segments, segments, scale, True, left)
-        for group in ctx.layout.groups:
-            prefix_dk, prefix_dv = (d[group.prefix].to(lse.dtype) for d in (dk, dv))  # a sum over many branches
-            for queries, keys, reach in _calls_to_prefix(group, ctx.window):
-                lengths = (queries.stop - queries.start,), (keys.stop - keys.start,)
-                part = kernel.backward(
-                    *(grad[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries]),
-                    *(*lengths, scale, False, reach),
-                )
-                dq[queries] += part[0]
-                prefix_dk[keys.start - group.start : keys.stop - group.start] += part[1]
-                prefix_dv[keys.start - group.start : keys.stop - group.start] += part[2]
-            dk[group.prefix], dv[group.prefix] = prefix_dk, prefix_dv
+        kernel, scale = ctx.kernel, ctx.scale
+        with kernel.active():
+            dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, scale, ctx.own)
+            for group in ctx.layout.groups:
+                prefix_dk, prefix_dv = (d[group.prefix].to(lse.dtype) for d in (dk, dv))  # a sum over many branches
+                for queries, keys, sequences in _calls_to_prefix(group, ctx.window):
+                    tensors = (grad[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries])
+                    part_dq, part_dk, part_dv = kernel.backward(*tensors, scale, sequences)
+                    dq[queries] += part_dq
+                    prefix_dk[keys.start - group.start : keys.stop - group.start] += part_dk
+                    prefix_dv[keys.start - group.start : keys.stop - group.start] += part_dv
+                dk[group.prefix], dv[group.prefix] = prefix_dk, prefix_dv
         return dq, dk, dv, None, None, None, None
 
 
@@ -92,14 +103,17 @@ def packed_attention(
     Returns:
         `torch.Tensor`: Of the shape of `q`.
     """
-    return _SharedPrefixAttention.apply(q, k, v, layout, scale, window, kernel)
+    return _PackedAttention.apply(q, k, v, layout, scale, window, kernel)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Adds to the attention `out` (T, H, D) over some keys, with `lse` (H, T), in place, that over further keys."""
     total = torch.logaddexp(lse, part_lse)
     weight, part_weight = ((x - total).exp().T.unsqueeze(-1) for x in (lse, part_lse))
-    out.copy_(out * weight + part * part_weight)  # the weights are float32, so the sum is
+    step = max(1, MERGED_ELEMENTS // out[0].numel())
+    for start in range(0, out.size(0), step):
+        rows = slice(start, start + step)
+        out[rows] = out[rows] * weight[rows] + part[rows] * part_weight[rows]  # the weights are float32: the sum too
     lse.copy_(total)
 
 
@@ -188,7 +202,7 @@ def register(attn_implementation: str) -> None:
         raise ValueError(
             f"The attention implementation {attn_implementation!r} cannot share prefixes. Use 'sdpa' or a flash one."
         )
-    if getattr(original, "takes_shared_prefix", False):
+    if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
@@ -197,5 +211,5 @@ def register(attn_implementation: str) -> None:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         return shared_prefix_attention(module, query, key, value, shared_prefix, *args, **kwargs)
 
-    attention.takes_shared_prefix = True
+    setattr(attention, _MARK, True)
     AttentionInterface.register(attn_implementation, attention)

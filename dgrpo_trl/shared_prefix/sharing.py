@@ -127,8 +127,11 @@ class ExactnessCheck:
 
     @staticmethod
     def _longest_pair(prompts, completions) -> tuple[int, list[int]]:
-        """Length and rows of the longest two rollouts of one prompt that have tokens to score; 0 if none has."""
-        best, best_rows = 0, [0]
+        """Length and rows of the longest two rollouts of one prompt that have tokens to score.
+
+        If there are none, 0 and the first row twice: all ranks must run the same forwards.
+        """
+        best, best_rows = 0, [0, 0]
         for rows in group_rows([tuple(prompt) for prompt in prompts]):
             rows = sorted(rows, key=lambda i: len(completions[i]))[-2:]
             length = len(prompts[rows[0]]) + len(completions[rows[-1]])
