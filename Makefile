@@ -36,5 +36,5 @@ format: $(INSTALLED)  ## Mend style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## Measure time and memory of the loss and of the shared prefix
-	@$(BIN)/python scripts/benchmark_loss.py
-	@$(BIN)/python scripts/benchmark_prefix.py --figure outputs/benchmark_prefix.png
+	@$(BIN)/python scripts/benchmarks/loss.py
+	@$(BIN)/python scripts/benchmarks/shared_prefix.py --figure outputs/shared_prefix.png

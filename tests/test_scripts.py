@@ -125,7 +125,7 @@ def test_every_recipe_for_the_cpu_runs_on_its_own_model(path, rows, tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_the_shared_prefix_prints_its_tables(tmp_path):
     figure = tmp_path / "figure.png"
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark_prefix.py"), "--lengths", "48x8"]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "shared_prefix.py"), "--lengths", "48x8"]
     options = ["--num_generations", "2", "--repeats", "1", "--evidence_tokens", "8", "--figure", str(figure)]
     output = subprocess.run(command + options, check=True, capture_output=True, text=True).stdout
     assert output.count("| 48 | 8 |") == 3 and "1.75" in output  # the ideal ratio: 2 x 56 tokens against 64

@@ -2,7 +2,7 @@
 
 - Weights, gradients and optimizer: bytes per parameter by engine and optimizer, divided by the shards.
 - Activations: per token and layer, what the layers of a dense decoder keep for the backward pass; with checkpointing,
-  each layer's input and one layer's worth. `scripts/benchmark_memory.py` compares them with what is measured.
+  each layer's input and one layer's worth. `scripts/benchmarks/memory.py` compares them with what is measured.
 - Time: the operations of matrix products and attention over the GPU's peak times `mfu`; decoding by its bandwidth.
 """
 

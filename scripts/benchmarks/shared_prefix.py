@@ -1,6 +1,6 @@
 """Time and peak memory of a micro-batch, the teacher's forward included, with and without the shared prefix.
 
-    python scripts/benchmark_prefix.py [--lengths 512x128 2048x128 2048x512 8192x128] [--figure benchmark_prefix.png]
+    python scripts/benchmarks/shared_prefix.py [--lengths 512x128 2048x128 2048x512 8192x128] [--figure FILE.png]
 
 One prompt of P tokens with G completions of C tokens, for each P x C of `--lengths`, in three ways that take turns in
 one run, on the same rollouts and equal models:
@@ -26,7 +26,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import torch
-from benchmark_loss import add_teacher, in_child, make_rollouts, make_trainer, peak_mib
+from loss import add_teacher, in_child, make_rollouts, make_trainer, peak_mib
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 

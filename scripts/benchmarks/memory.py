@@ -1,6 +1,6 @@
 """How far the dry run's estimate of activations is from what a micro-batch takes.
 
-    python scripts/benchmark_memory.py [--lengths 512x128 2048x128 2048x512]
+    python scripts/benchmarks/memory.py [--lengths 512x128 2048x128 2048x512]
 
 One prompt of P tokens with 8 completions of C tokens; with and without the shared prefix and gradient checkpointing.
 The measured value is what loss and backward add to a process that holds the models and the gradients: the allocator's
@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 
 import torch
-from benchmark_loss import add_teacher, in_child, make_rollouts, make_trainer
-from benchmark_prefix import make_model
+from loss import add_teacher, in_child, make_rollouts, make_trainer
+from shared_prefix import make_model
 
 from dgrpo_trl.losses import TILE_TOKENS
 from dgrpo_trl.preflight import Shape, micro_batch_bytes

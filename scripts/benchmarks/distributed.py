@@ -1,6 +1,6 @@
 """Time of an optimiser step on one and on two processes, and how much of it is communication.
 
-    python scripts/benchmark_distributed.py [--engines ddp zero3] [--processes 1 2]
+    python scripts/benchmarks/distributed.py [--engines ddp zero3] [--processes 1 2]
 
 The global batch is the same throughout: two groups of 8 completions of given rollouts, with a teacher of the student's
 size. Seconds are medians over steps, of the slowest rank. Communication is what the profiler sees in collectives on
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GROUP, NUM_GROUPS, NUM_STEPS = 8, 2, 5
 
 
@@ -39,8 +39,8 @@ def launcher(engine: str, processes: int, folder: Path) -> list[str]:
 
 def work(output: str, prompt_tokens: int, completion_tokens: int) -> None:
     """One rank: steps on given rollouts."""
-    from benchmark_loss import make_tokenizer
     from datasets import Dataset
+    from loss import make_tokenizer
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
@@ -119,8 +119,8 @@ def main() -> None:
     if args.worker:
         work(args.worker, args.prompt_tokens, args.completion_tokens)
         return
-    from benchmark_loss import make_tokenizer
-    from benchmark_prefix import make_model
+    from loss import make_tokenizer
+    from shared_prefix import make_model
 
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

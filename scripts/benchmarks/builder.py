@@ -1,6 +1,6 @@
 """Speed of the LongBlocks builder: its own work with questions made by rule, and what it adds to a server's time.
 
-    python scripts/benchmark_builder.py [--documents 256] [--requests 2000] [--repeats 3]
+    python scripts/benchmarks/builder.py [--documents 256] [--requests 2000] [--repeats 3]
 
 Rule engine: the whole build from Python's standard library, documents and rows a second, with the time of each stage.
 

@@ -1,6 +1,6 @@
 """Time and peak memory of one loss and backward over the number of completion tokens T; memory of a whole step.
 
-    python scripts/benchmark_loss.py [--tokens 256 1024 4096] [--repeats 5]
+    python scripts/benchmarks/loss.py [--tokens 256 1024 4096] [--repeats 5]
 
 The loss, from hidden states, in four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,936):
 
