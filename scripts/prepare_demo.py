@@ -127,14 +127,14 @@ def convert_model(wheel: Path, folder: Path) -> None:
 def load_build(name: str, output_dir: Path, seed: int, num_rows: int | None = None) -> BuildConfig:
     """The build `recipes/longblocks/<name>.yaml` with the model and the downloads of `output_dir`, a seed and rows."""
     overrides = {
-        "tokenizer": output_dir / "model",
-        "sources.0.cache_dir": output_dir / "downloads",
+        "tokenizer": str(output_dir / "model"),
+        "sources.0.cache_dir": str(output_dir / "downloads"),
         "questions.seed": seed,
         "mixing.seed": seed,
     }
     if num_rows is not None:
         overrides["mixing.max_rows"] = num_rows
-    return load_config(RECIPES / f"{name}.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    return load_config(RECIPES / f"{name}.yaml", overrides)
 
 
 def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:

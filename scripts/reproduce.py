@@ -185,10 +185,10 @@ class Comparison:
             groups[method.label] = [self._results(member, data) for member in members]
             if not method.recipe.startswith("sft/"):  # it has neither rollouts nor a divergence
                 logs[method.label] = [out / member for member in members]
-        flags = [f"--group={label}={_joined(paths)}" for label, paths in groups.items()]
+        flags = ["--groups", *(f"{label}={_joined(paths)}" for label, paths in groups.items())]
         inputs = [path / "results.json" for paths in groups.values() for path in paths]
         if data == "test":
-            flags += [f"--log={label}={_joined(paths)}" for label, paths in logs.items()]
+            flags += ["--logs", *(f"{label}={_joined(paths)}" for label, paths in logs.items())]
             flags += ["--reach", "0.25", "0.5"]
             inputs += [path / "trainer_state.json" for paths in logs.values() for path in paths]
         title = {"test": "Comparison of methods: long questions", "short": "Comparison of methods: short questions"}

@@ -13,7 +13,7 @@ import torch
 from conftest import build_model, length_reward
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_recipes import ROOT, script
+from test_recipes import ROOT
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -27,6 +27,7 @@ from dgrpo_trl.run.checkpoints import (
     resolve_checkpoint,
     train_to_the_end,
 )
+from dgrpo_trl.sft_trainer import ResumableSFTTrainer
 
 
 def make_checkpoint(folder, step, is_complete=True):
@@ -163,7 +164,7 @@ def test_a_cold_start_that_is_stopped_goes_on_to_the_same_weights_and_its_card_h
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
         options |= {"max_steps": 4, "save_strategy": "no", "report_to": "none", "bf16": False, "use_cpu": True}
         options |= {"resume_from_checkpoint": "auto", "disable_tqdm": True, "logging_steps": 1}
-        return script("train_sft").ResumableSFTTrainer(
+        return ResumableSFTTrainer(
             build_model(),
             SFTConfig(str(tmp_path / output), **options),
             train_dataset=Dataset.from_list(rows),

@@ -1,6 +1,6 @@
 """Every YAML is parsed by the parser that will read it, and every file that a command of the README names exists."""
 
-import importlib.util
+import functools
 import itertools
 import math
 import re
@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, SFTConfig
 
 from dgrpo_trl import DGRPOConfig
+from dgrpo_trl.cli import train_dgrpo
+from dgrpo_trl.cli.arguments import parse_arguments
+from dgrpo_trl.cli.train_dgrpo import DGRPOScriptArguments
+from dgrpo_trl.cli.train_sft import SFTScriptArguments
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.longblocks import load_config
 
@@ -26,22 +30,15 @@ CONFIGS = sorted({*RECIPES} - {*BUILDS, *ACCELERATE, *EVALUATIONS})
 READMES = [ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def parse_training(method, *arguments):
+    """Arguments of a training command. Without a GPU, transformers rejects `bf16` unless the CPU is asked for."""
+    types = (SFTScriptArguments, SFTConfig) if method == "sft" else (DGRPOScriptArguments, DGRPOConfig)
+    return parse_arguments((*types, ModelConfig), [*arguments, "--use_cpu", "true"])
 
 
-def parser_of(method):
-    if method == "sft":
-        return TrlParser((script("train_sft").SFTScriptArguments, SFTConfig, ModelConfig))
-    return TrlParser((script("train_dgrpo").DGRPOScriptArguments, DGRPOConfig, ModelConfig))
-
-
+@functools.cache
 def parse(path, *flags):
-    """Without a GPU, transformers refuses `bf16` unless told that the CPU is meant."""
-    return parser_of(path.parent.name).parse_args_and_config(["--config", str(path), "--use_cpu", "true", *flags])
+    return parse_training(path.parent.name, "--config", str(path), *flags)
 
 
 def header(path):
@@ -145,12 +142,12 @@ def test_a_qwen_recipe_leaves_its_model_where_the_readme_says():
 def test_a_build_is_read_by_the_builder(path):
     config = load_config(path)
     assert config.name and config.publish.private and len(config.fingerprint) == 16
-    assert load_config(path, ["questions.seed=1"]).fingerprint != config.fingerprint
+    assert load_config(path, {"questions.seed": 1}).fingerprint != config.fingerprint
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
 def test_an_evaluation_is_parsed_by_its_own_parser(path):
-    (args,) = TrlParser((EvaluationArguments,)).parse_args_and_config(["--config", str(path)])
+    (args,) = parse_arguments((EvaluationArguments,), ["--config", str(path)])
     assert (args.tasks or args.harness_tasks) and not args.overwrite
     assert f"scripts/evaluate.py --config {path.relative_to(ROOT)}" in header(path)["Launch"]
     assert path.name in (path.parent / "README.md").read_text()
@@ -174,7 +171,7 @@ def test_an_unknown_key_is_an_error(tmp_path, key):
     path = tmp_path / "dgrpo" / "demo.yaml"
     path.parent.mkdir()
     path.write_text(recipe.read_text() + f"\n{key}: 1\n")
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"`{key}` is unknown"):
         parse(path)
 
 
@@ -185,7 +182,6 @@ def test_a_flag_overrides_the_recipe():
 
 
 def test_reward_functions_are_found_by_name_or_path():
-    train_dgrpo = script("train_dgrpo")
     assert train_dgrpo.load_reward_func("token_f1_reward").__name__ == "token_f1_reward"
     assert train_dgrpo.load_reward_func("trl.rewards.think_format_reward").__name__ == "think_format_reward"
     for name in ("exactly", "no_module.reward"):
@@ -224,7 +220,7 @@ def test_a_training_command_of_a_readme_is_read_by_the_script_that_it_names(name
         words = [*words[: words.index("recipes/slurm/train.sbatch") + 2], "--config", words[-1]]
     place = next(i for i, word in enumerate(words) if re.fullmatch(r"scripts/train_\w+\.py", word))
     method = Path(words[place]).stem.removeprefix("train_")
-    parser_of(method).parse_args_and_config([*words[place + 1 :], "--use_cpu", "true"])
+    parse_training(method, *words[place + 1 :])
     if "--config_file" in words:
         assert load_config_from_file(words[words.index("--config_file") + 1])
 

@@ -10,13 +10,15 @@ import torch
 import yaml
 from conftest import build_model
 from datasets import Dataset
-from test_recipes import CONFIGS, ROOT, parse, script
+from test_recipes import CONFIGS, ROOT
 from transformers import AutoModelForCausalLM
+
+from dgrpo_trl.cli import train_dgrpo, train_sft
 
 
 FLAGS = [
     *("--per_device_train_batch_size", "4", "--max_steps", "2", "--learning_rate", "0.01", "--optim", "sgd"),
-    *("--bf16", "false", "--disable_tqdm", "true", "--warmup_steps", "0"),
+    *("--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true", "--warmup_steps", "0"),
 ]
 
 
@@ -35,10 +37,13 @@ def rows(tmp_path):
     return str(tmp_path / "rows.parquet")
 
 
-def run(name, *flags):
-    method = {"train_dgrpo": "dgrpo", "train_sft": "sft"}[name]
-    module = script(name)
-    module.main(*parse(ROOT / "recipes" / "smollm2-135m" / method / "demo.yaml", *FLAGS, *flags))
+def run_recipe(path, *flags):
+    main = train_sft.main if path.parent.name == "sft" else train_dgrpo.main
+    main(["--config", str(path), *FLAGS, *flags])
+
+
+def run(method, *flags):
+    run_recipe(ROOT / "recipes" / "smollm2-135m" / method / "demo.yaml", *flags)
 
 
 def weights(path):
@@ -48,7 +53,7 @@ def weights(path):
 def test_train_dgrpo_writes_a_model_and_its_log(student, saved_teacher, rows, tmp_path):
     output = tmp_path / "out"
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
-    run("train_dgrpo", *flags, "--output_dir", str(output))
+    run("dgrpo", *flags, "--output_dir", str(output))
     before, after = weights(student), weights(output)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -58,10 +63,10 @@ def test_train_dgrpo_writes_a_model_and_its_log(student, saved_teacher, rows, tm
 def test_train_dgrpo_resumes_from_the_last_checkpoint(student, saved_teacher, rows, tmp_path):
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
     flags += ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--lr_scheduler_type", "constant"]
-    run("train_dgrpo", *flags, "--output_dir", str(tmp_path / "straight"))
+    run("dgrpo", *flags, "--output_dir", str(tmp_path / "straight"))
     stopped = ["--output_dir", str(tmp_path / "stopped")]
-    run("train_dgrpo", *flags, *stopped, "--max_steps", "2")
-    run("train_dgrpo", *flags, *stopped, "--resume_from_checkpoint", "true")
+    run("dgrpo", *flags, *stopped, "--max_steps", "2")
+    run("dgrpo", *flags, *stopped, "--resume_from_checkpoint", "true")
     straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
@@ -70,28 +75,23 @@ def test_train_dgrpo_resumes_from_the_last_checkpoint(student, saved_teacher, ro
 def test_train_dgrpo_trains_an_adapter_with_its_base_as_teacher(student, rows, tmp_path):
     output = tmp_path / "out"
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", "base", "--dataset_name", rows]
-    run("train_dgrpo", *flags, "--use_peft", "--lora_target_modules", "all-linear", "--output_dir", str(output))
+    run("dgrpo", *flags, "--use_peft", "--lora_target_modules", "all-linear", "--output_dir", str(output))
     assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
 
 
 def test_train_sft_learns_the_answers(student, rows, tmp_path):
     output = tmp_path / "out"
-    run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output))
+    run("sft", "--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output))
     before, after = weights(student), weights(output)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_train_sft_names_a_missing_column(student, rows, tmp_path):
     with pytest.raises(ValueError, match="no column 'response'"):
-        run("train_sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
+        run("sft", "--model_name_or_path", student, "--dataset_name", rows, "--completion_column", "response")
 
 
 CPU_RECIPES = [path for path in CONFIGS if "use_cpu: true" in path.read_text()]
-
-
-def run_recipe(path, *flags):
-    module = script("train_sft" if path.parent.name == "sft" else "train_dgrpo")
-    module.main(*parse(path, *FLAGS, *flags))
 
 
 @pytest.mark.parametrize("path", CPU_RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ...llm import ServerConfig
+from ...recipe import did_you_mean, read_recipe
 from ...strict_model import StrictModel
 from ..questions.blocks import BlocksConfig
 from ..questions.llm_engine import LLMEngineConfig
@@ -137,59 +140,34 @@ class BuildConfig(StrictModel):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {', '.join(map(repr, repeated))} stands there twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> BuildConfig:
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BuildConfig:
     """Reads a YAML file.
 
     Args:
         path (`str` or `Path`):
             The file.
-        overrides (`list[str]`, *optional*):
-            Keys to change, as `mixing.max_rows=10`; the value is YAML. An item of a list is called by its number.
+        overrides (`Mapping[str, Any]`, *optional*):
+            Values by nested key, such as `{"mixing.max_rows": 10}`; an item of a list is named by its number.
 
     Raises:
         ValueError: If the file cannot be read, or a key is unknown, is missing or has a wrong value; names each.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"The configuration {str(path)!r} cannot be read: {error}. Check the path and the YAML."
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"The configuration {str(path)!r} holds no keys. See `recipes/longblocks` for examples.")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return BuildConfig.model_validate(values)
+        return BuildConfig.model_validate(read_recipe(path, overrides))
     except ValidationError as error:
-        problems = [f"`{'.'.join(map(str, e['loc'])) or 'the whole'}`: {e['msg']}" for e in error.errors()]
+        problems = list(map(_problem, error.errors()))
         raise ValueError(
-            f"The configuration {str(path)!r} has {len(problems)} mistakes. Nothing was built. Mend them:\n  "
+            f"The configuration {str(path)!r} has {len(problems)} mistakes. Nothing was built. Correct them:\n  "
             + "\n  ".join(problems)
         ) from error
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    *parents, last = key.split(".")
-    try:
-        place: Any = values
-        for name in parents:
-            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"`--set {override}` changes nothing: {error!r}. Write `section.key=value`.") from error
-    if not separator:
-        raise ValueError(f"`--set {override}` has no value. Write `section.key=value`.")
+def _problem(error: ErrorDetails) -> str:
+    """One mistake that pydantic found; for an unknown key, the nearest of all keys."""
+    hint = ""
+    if error["type"] == "extra_forbidden":
+        schema = BuildConfig.model_json_schema()
+        sections = (schema, *schema["$defs"].values())
+        known = {key for section in sections for key in section.get("properties", ())}
+        hint = did_you_mean(str(error["loc"][-1]), known)
+    return f"`{'.'.join(map(str, error['loc'])) or 'the whole'}`: {error['msg']}.{hint}"

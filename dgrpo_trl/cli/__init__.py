@@ -1,0 +1,1 @@
+"""The commands, as functions `main(arguments)`: the files of `scripts/` call them."""

@@ -1,0 +1,42 @@
+"""Cold start: supervised fine-tuning of the student on prompt -> answer, with TRL's `SFTTrainer`.
+
+    accelerate launch scripts/train_sft.py --config recipes/smollm2-135m/sft/demo.yaml
+
+Only the completion is trained on: the reference answers, or a teacher's responses, which makes it off-policy
+distillation. Every field of TRL's `SFTConfig` and `ModelConfig` is a key of the recipe and a flag of the command line;
+a key that no argument matches is an error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from ..run.checkpoints import train_to_the_end
+from .training_run import TrainingRunArguments, prepare_run
+
+
+@dataclass
+class SFTScriptArguments(TrainingRunArguments):
+    """The data, which column to learn, and the dry run."""
+
+    completion_column: str = field(
+        default="answer",
+        metadata={"help": "Column with the text to train on, for instance 'response_Qwen3.5-27B' of LongBlocks."},
+    )
+
+    def data_options(self, training_args: SFTConfig) -> dict[str, Any]:
+        return {"completion_column": self.completion_column, "max_length": training_args.max_length}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run = prepare_run(SFTScriptArguments, SFTConfig, arguments, __doc__)
+    if run is None:
+        return
+    from ..sft_trainer import ResumableSFTTrainer  # takes seconds, which `--help` and a dry run do without
+
+    trainer = ResumableSFTTrainer(**run.trainer_arguments, processing_class=run.tokenizer)
+    train_to_the_end(trainer)
+    if run.training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script_args.dataset_name)
