@@ -38,6 +38,13 @@ class CommandLine:
     overrides: dict[str, Any]
     flags: list[str]
 
+    @property
+    def required_config(self) -> str:
+        """The file, for a command that does nothing without one."""
+        if self.config is None:
+            raise ValueError("`--config` is missing. It names the YAML file to read. See the folder `recipes`.")
+        return self.config
+
 
 def split_command_line(arguments: Sequence[str] | None = None, keys: Collection[str] = ()) -> CommandLine:
     """Takes the file and the overrides of its keys out of a command line.

@@ -58,9 +58,7 @@ def read_config(command: CommandLine) -> tuple[BuildConfig, Path]:
     Raises:
         ValueError: If there is none, or it is wrong.
     """
-    if command.config is None:
-        raise ValueError("`--config` is missing. It names the YAML file of the build. See recipes/longblocks.")
-    config = load_config(command.config, command.overrides)
+    config = load_config(command.required_config, command.overrides)
     return config, Path("outputs/longblocks") / config.name
 
 

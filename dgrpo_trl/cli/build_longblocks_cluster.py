@@ -78,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor  # of the extra `cluster`
 
-    executor = None
+    executor: Any = None
     for number, stages in enumerate(phases()):
         share = partial(
             run_share,
-            config=str(Path(command.config).absolute()),
+            config=str(Path(command.required_config).absolute()),
             overrides=command.overrides,
             output_dir=str(output_dir),
             stages=stages,
