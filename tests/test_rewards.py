@@ -2,6 +2,8 @@
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,7 +124,7 @@ def test_messages_without_text_score_zero_and_parts_are_read(messages, reward):
     assert score(exact_match_reward, messages, "Paris") == reward
 
 
-# Normalisation
+# Normalization
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_articles_are_never_dropped_to_nothing():
 
 
 @pytest.mark.parametrize("text", ["", "   ", "...", "。！？", "—", "\u200b", "\x00", "؟"])
-def test_text_without_content_normalises_to_nothing(text):
+def test_text_without_content_normalizes_to_nothing(text):
     assert normalize_answer(text) == ""
 
 
@@ -499,6 +501,15 @@ def test_numbers_are_compared_outside_the_main_thread():
         assert pool.submit(score, numeric_reward, "0.25", "1/4").result() == 1.0
 
 
+def test_rules_load_neither_torch_nor_a_client_of_servers_nor_computer_algebra():
+    code = (
+        "import sys; from dgrpo_trl.rewards import exact_match_reward, numeric_reward\n"
+        "assert exact_match_reward(['a'], ['a']) == [1.0]\n"
+        "sys.exit(bool({'torch', 'trl', 'transformers', 'openai', 'sympy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 # References, arguments
 
 
@@ -575,49 +586,11 @@ def test_a_degenerate_completion_is_scored_in_linear_time(text):
 
 # Properties
 
-ANY_TEXT = st.text(max_size=60) | st.lists(
-    st.sampled_from(
-        [
-            "the",
-            "a",
-            "1,000",
-            "-3",
-            ".5",
-            "3.5kg",
-            "東京",
-            "ป่า",
-            "𝟙",
-            "½",
-            "\u200d",
-            "\u0301",
-            "U.S.",
-            r"\boxed{",
-            "}",
-            "{",
-        ]
-        + [
-            "<think>",
-            "</think>",
-            "answer:",
-            "$",
-            "%",
-            "#",
-            "-",
-            ".",
-            ",",
-            " ",
-            "\n",
-            "Paris",
-            "ﬁ",
-            "İ",
-            "ǅ",
-            "\ud800",
-            "^2",
-        ]
-        + [r"\frac{1}{2}", r"\(", r"\)", "\\", "1/0", "e9", "million"]
-    ),
-    max_size=8,
-).map("".join)
+PIECES = [
+    *"the a 1,000 -3 .5 3.5kg 東京 ป่า 𝟙 ½ U.S. } { <think> </think> answer: $ % # - . , Paris ﬁ İ ǅ ^2 1/0 e9".split(),
+    *["million", r"\boxed{", r"\frac{1}{2}", r"\(", r"\)", "\\", " ", "\n", "\u200d", "\u0301", "\ud800"],
+]
+ANY_TEXT = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 WORDS = st.lists(st.sampled_from("cat dog paris 1987 -3 1.5 東京 fox".split()), min_size=1, max_size=6)
 
 
@@ -631,7 +604,7 @@ def test_any_text_scores_none_or_between_zero_and_one(prediction, reference):
 
 @settings(max_examples=200, deadline=None)
 @given(ANY_TEXT)
-def test_normalisation_is_idempotent(text):
+def test_normalization_is_idempotent(text):
     assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
 
 

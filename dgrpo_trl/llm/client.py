@@ -105,7 +105,7 @@ class ChatClient:
             max_retries=0,  # retried here, where replies in a wrong form are too
         )
         self._slots = Slots(config.max_concurrency)
-        self._pace = Pace(config.requests_per_minute)
+        self._pace = Pace(60 / config.requests_per_minute if config.requests_per_minute else 0)
         self._counter = None if config.tokenizer is None else load_token_counter(config.tokenizer)
         self._in_flight: dict[str, asyncio.Task[Completion]] = {}
         self._structured = "json_schema" if config.structured_output == "auto" else config.structured_output

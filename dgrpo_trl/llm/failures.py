@@ -41,14 +41,7 @@ _SCHEMA_ERROR = re.compile(r"response_format|json_schema|structured|guided|gramm
 
 
 class RequestFailed(Exception):
-    """One request gave nothing; others may.
-
-    Args:
-        reason (`str`):
-            One of the table above, or the caller's own.
-        detail (`str`, *optional*):
-            What a person needs to know beside it.
-    """
+    """One request gave nothing; others may. The reason is one of the table above, or the caller's own."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}")
@@ -64,32 +57,15 @@ class ServerUnavailable(ServerRefused):
 
 
 class Retryable(Exception):
-    """An attempt failed; the next may succeed.
-
-    Args:
-        reason, detail (`str`):
-            As in [`RequestFailed`].
-        wait_seconds (`float`, *optional*, defaults to `0.0`):
-            Time that the server asks to wait; 0 if it asks for none.
-        is_unavailable (`bool`, *optional*, defaults to `False`):
-            Whether the failure says nothing about the request, because others would fail alike.
-    """
+    """One attempt failed; the next may succeed."""
 
     def __init__(self, reason: str, detail: str, wait_seconds: float = 0.0, is_unavailable: bool = False):
-        super().__init__(f"{reason}: {detail}")
         self.reason, self.detail, self.wait_seconds = reason, detail, wait_seconds
-        self.is_unavailable = is_unavailable
+        self.is_unavailable = is_unavailable  # says nothing about the request: others would fail alike
 
 
 def classify_status(error: openai.APIStatusError, message: str) -> RequestFailed | Retryable | None:
-    """What a status says about the request that got it; `None` if any request might have got it.
-
-    Args:
-        error ([`~openai.APIStatusError`]):
-            The status.
-        message (`str`):
-            What the server said, fit to be shown.
-    """
+    """What a status, with what the server says, means for one request; `None` if others would get the same."""
     status = error.status_code
     is_limited = status == 429 and "too large" not in message.lower()  # or it is one request that never fits
     if _CONTEXT_ERROR.search(message) and status < 500 and not is_limited:

@@ -35,12 +35,6 @@ class Completion:
 def parse_reply(reply: Any, model: str) -> tuple[Completion, int, int]:
     """A reply, and the tokens of its prompt and of itself. The server sent it unchecked: any part may be missing.
 
-    Args:
-        reply (`Any`):
-            The JSON that the server sent.
-        model (`str`):
-            Name of the model, if the server does not say it.
-
     Raises:
         Retryable: If it is no chat completion, or holds no complete text.
         RequestFailed: If the model or a content filter refused.

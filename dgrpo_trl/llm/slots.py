@@ -6,12 +6,7 @@ from collections import deque
 
 
 class Slots:
-    """A semaphore whose size follows the server: halved when it is busy, and slowly raised again.
-
-    Args:
-        max_size (`int`):
-            Size at the beginning, and at most.
-    """
+    """A semaphore whose size follows the server: halved when it is busy, and slowly raised again to its maximum."""
 
     def __init__(self, max_size: int):
         self.max_size, self.size, self.num_taken = max_size, float(max_size), 0
@@ -66,21 +61,15 @@ class Slots:
 
 
 class Pace:
-    """Spaces requests evenly.
+    """Spaces requests evenly, this many seconds apart."""
 
-    Args:
-        per_minute (`float`, *optional*):
-            Most requests per minute. Default: no limit.
-    """
-
-    def __init__(self, per_minute: float | None = None):
-        self._interval_seconds = 0.0 if per_minute is None else 60 / per_minute
-        self._next_at = 0.0
+    def __init__(self, interval_seconds: float):
+        self.interval_seconds, self._next_at = interval_seconds, 0.0
 
     async def wait(self) -> None:
         """Waits for the turn of a request."""
-        if self._interval_seconds:
-            now = time.monotonic()
-            turn = max(now, self._next_at)
-            self._next_at = turn + self._interval_seconds
+        now = time.monotonic()
+        turn = max(now, self._next_at)
+        self._next_at = turn + self.interval_seconds
+        if turn > now:
             await asyncio.sleep(turn - now)

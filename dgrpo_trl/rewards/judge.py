@@ -6,6 +6,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,30 +110,21 @@ class LLMJudgeReward:
         cache_path: str | os.PathLike[str] | None = None,
         **server: Any,
     ):
-        limits = {
-            "max_tokens": max_tokens,
-            "max_answer_chars": max_answer_chars,
-            "max_question_chars": max_question_chars,
-        }
-        for name, value in limits.items():
+        self.max_tokens = max_tokens
+        self.max_answer_chars = max_answer_chars
+        self.max_question_chars = max_question_chars
+        for name in ("max_tokens", "max_answer_chars", "max_question_chars"):
+            value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}. Nothing could be judged. Raise it.")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        options = _SERVER_DEFAULTS | server
-        self.server = ServerConfig(model=model, base_url=base_url or "https://api.openai.com/v1", **options)
+        url = base_url or "https://api.openai.com/v1"
+        self.server = ServerConfig(model=model, base_url=url, **_SERVER_DEFAULTS | server)
         if base_url is None and not os.environ.get(self.server.api_key_env):
             raise ValueError(
                 f"The environment variable `{self.server.api_key_env}` is not set and `base_url` is None. OpenAI's "
                 "server needs a key. Export the variable, or set `base_url` to your own server."
             )
-        self.max_tokens = max_tokens
-        self.max_answer_chars = max_answer_chars
-        self.max_question_chars = max_question_chars
-        for name in ("max_tokens", "max_answer_chars", "max_question_chars"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be >= 1, got {getattr(self, name)}. Nothing could be judged. Raise it."
-                )
         self.cache_path = None if cache_path is None else Path(cache_path)
         RequestCache(self.cache_path).close()  # a file that is no cache raises now, not in the first step
         self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ChatClient] = weakref.WeakKeyDictionary()
@@ -214,16 +206,12 @@ class LLMJudgeReward:
             references="\n".join(quote(reference, "reference") for reference in references),
             candidate=quote(candidate, "candidate"),
         )
-        failure = None
+        messages = [{"role": "user", "content": prompt}]
         for sample in range(1 if self.server.temperature == 0 else _MAX_DRAWS):
-            reply = await client.complete(
-                [{"role": "user", "content": prompt}], max_tokens=self.max_tokens, sample=sample
-            )
-            try:
+            reply = await client.complete(messages, max_tokens=self.max_tokens, sample=sample)
+            with suppress(ValueError):
                 return float(parse_verdict(reply.text, "CORRECT", "INCORRECT"))
-            except ValueError as error:
-                failure = error
-        raise RequestFailed("no_verdict", str(failure))
+        raise RequestFailed("no_verdict", f"the last reply ends with {reply.text[-80:]!r}")
 
     def _warn(self, failures: list[RequestFailed | ServerUnavailable], num_rows: int) -> None:
         counts = Counter(getattr(failure, "reason", "unavailable") for failure in failures)
