@@ -6,8 +6,9 @@ import re
 import threading
 from typing import Any
 
+from ..text import UNSPACED
 from .rules import References, score_rows
-from .text import INTEGER, SIGN, UNSPACED, TextOrMessages, plain_number, strip_latex_text, to_compatible
+from .text import INTEGER, SIGN, TextOrMessages, plain_number, strip_latex_text, to_compatible
 
 
 __all__ = ["numeric_reward"]

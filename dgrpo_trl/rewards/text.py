@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+from ..text import UNSPACED
+
 
 # A message of TRL's conversational format: its `content` is a text, `None` or a list of parts
 Message = dict[str, Any]
@@ -97,17 +99,10 @@ def completion_text(completion: TextOrMessages) -> str:
     )
 
 
-# Scripts written without spaces between words: Han, kana, Bopomofo, Yi, and Thai, Lao, Myanmar, Khmer, Tai, Javanese,
-# Balinese with their combining marks. Each base character with its marks is one token. Hangul is not here: Korean has
-# spaces. Tibetan is not here: its syllables are already separated by punctuation.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaa7f"
-    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\ua48f"
-    "\uf900-\ufaff\U00020000-\U0003ffff"
-)
+# The marks of scripts without spaces, in which a base character with its marks is one token
 _MARKS = "".join(
     chr(code)
-    for start, end in ((0x0300, 0x036F), (0x0E00, 0x1BFF), (0x3040, 0x30FF), (0xA980, 0xAA7F))
+    for start, end in ((0x0300, 0x036F), (0x0E00, 0x1BFF), (0x302A, 0x30FF), (0xA980, 0xAADF), (0x11700, 0x1174F))
     for code in range(start, end + 1)
     if unicodedata.category(chr(code)).startswith("M")
 )
