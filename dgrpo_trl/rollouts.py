@@ -1,16 +1,21 @@
 """Rollouts on their way through a model: cut into parts, packed or padded, and scored."""
 
 import functools
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trl.trainer.utils import pad
+from torch.utils.checkpoint import checkpoint
 
 from .losses import Distillation
 from .scoring import CompletionOutput, CompletionScoring
-from .shared_prefix import pack, prompt_keys, split_by_tokens, unpadded
+from .shared_prefix import PrefixSharing, pack, prompt_keys, split_by_tokens, unpadded
+from .trl_compat import pad
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Rollouts:
             pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side="left"),
             completion_ids,
             completion_mask,
+        )
+
+    @classmethod
+    def from_rows(cls, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> "Rollouts":
+        """Cuts rows of prompt and completion, of shape `(B, P + T)`, before their last T tokens."""
+        prompt_length = input_ids.size(1) - num_completion_tokens
+        return cls(
+            input_ids[:, :prompt_length],
+            attention_mask[:, :prompt_length],
+            input_ids[:, prompt_length:],
+            attention_mask[:, prompt_length:],
         )
 
     @functools.cached_property
@@ -103,7 +119,7 @@ class Rollouts:
         distillation: Distillation | None = None,
         with_router: bool = False,
     ) -> CompletionOutput:
-        """One forward of `model`, which `heads.add_completion_scoring` has been given.
+        """One forward of `model`, which `scoring.add_completion_scoring` has been given.
 
         Args:
             model (`nn.Module`):
@@ -113,14 +129,14 @@ class Rollouts:
             backend (`str`, *optional*, defaults to `"auto"`):
                 Attention kernels of a packed row.
             hidden_states_only (`bool`, *optional*, defaults to `False`), distillation (`Distillation`, *optional*):
-                See [`~heads.CompletionScoring`].
+                See [`~scoring.CompletionScoring`].
             with_router (`bool`, *optional*, defaults to `False`):
                 Also sum up the router of a mixture of experts.
 
         Returns:
-            [`~heads.CompletionOutput`]
+            [`~scoring.CompletionOutput`]
         """
-        kwargs = {"output_router_logits": True} if with_router else {}
+        kwargs: dict[str, Any] = {"output_router_logits": True} if with_router else {}
         if shares_prefix:
             packed = pack(
                 self.prompts, self.completion_ids, self.completion_lengths, whole_rows=with_router, backend=backend
@@ -134,3 +150,101 @@ class Rollouts:
             self.completion_ids, self.completion_mask, hidden_states_only, distillation, packed=packed
         )
         return model(**kwargs, completion_scoring=scoring)
+
+
+def score(
+    model: nn.Module,
+    rollouts: Rollouts,
+    accelerator: Accelerator,
+    sharing: PrefixSharing,
+    max_rows: int,
+    max_tokens: int | None = None,
+    distillation: Distillation | None = None,
+    with_router: bool = False,
+) -> CompletionOutput:
+    """Scores the completions with one forward of `model`, or with several where the bounds ask for that.
+
+    A collective call. With a gradient and several parts, each part is checkpointed: its gradient needs the loss of the
+    whole, and the graphs of all parts may not fit.
+
+    Args:
+        model (`nn.Module`):
+            Possibly wrapped; `scoring.add_completion_scoring` has been applied to it.
+        rollouts ([`Rollouts`]):
+            B rows.
+        accelerator ([`~accelerate.Accelerator`]):
+            See [`Rollouts.split`].
+        sharing ([`~shared_prefix.PrefixSharing`]):
+            Whether and how rows are packed.
+        max_rows (`int`), max_tokens (`int`, *optional*):
+            Bounds of a forward.
+        distillation (`Distillation`, *optional*):
+            The teacher's side, with hidden states of B rows.
+        with_router (`bool`, *optional*, defaults to `False`):
+            See [`Rollouts.forward`].
+
+    Returns:
+        [`~scoring.CompletionOutput`]: Of B rows.
+    """
+    parts = rollouts.split(max_rows, max_tokens, sharing.is_on, accelerator)
+    is_split = len(parts) > 1 and torch.is_grad_enabled()
+    callable_model = _entered_once(model, accelerator) if is_split else model
+
+    def score_part(rows: list[int]) -> CompletionOutput:
+        taught = distillation
+        if taught is not None:
+            states = taught.hidden_states
+            taught = replace(taught, hidden_states=states[rows[0] : rows[-1] + 1] if rows else states[:1])
+        with accelerator.autocast():
+            return rollouts.select(rows).forward(
+                callable_model, sharing.is_on, sharing.backend, distillation=taught, with_router=with_router
+            )
+
+    outputs = [checkpoint(score_part, rows, use_reentrant=False) if is_split else score_part(rows) for rows in parts]
+    return _concatenate(outputs, [len(rows) for rows in parts])
+
+
+def _entered_once(model: nn.Module, accelerator: Accelerator) -> Callable[..., CompletionOutput]:
+    """`model`, for several forwards, and repetitions of them, before one backward.
+
+    Under ZeRO-3 every forward of the outermost module starts the record of what to fetch anew, which must not happen
+    before the backward has ended. The hooks that fetch sit on the modules within.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return model
+    inner, calls = accelerator.unwrap_model(model), itertools.count()
+    return lambda **kwargs: (model if next(calls) == 0 else inner.forward)(**kwargs)
+
+
+def _concatenate(outputs: list[CompletionOutput], num_rows: list[int]) -> CompletionOutput:
+    """The outputs of a batch from those of its parts, of which the last may stand for no rows."""
+    fields = {}
+    for name in outputs[0].keys():
+        values = [output[name] for output in outputs]
+        if name == "router_sums":
+            fields[name] = sum(value for value, n in zip(values, num_rows, strict=True) if n > 0)
+        else:
+            fields[name] = torch.cat([value[:n] for value, n in zip(values, num_rows, strict=True)])
+    if 0 in num_rows:  # parts without rows stay in the graph, so that every rank runs their backward
+        fields["logps"] = fields["logps"] + 0 * sum(
+            output.logps.sum() for output, n in zip(outputs, num_rows, strict=True) if n == 0
+        )
+    return CompletionOutput(**fields)
+
+
+def completion_states(
+    model: nn.Module,
+    accelerator: Accelerator,
+    pad_token_id: int,
+    backend: str,
+    prompts: list[list[int]],
+    completions: Sequence[Sequence[int]],
+    shares_prefix: bool,
+) -> Tensor:
+    """The states of `model` that predict the tokens of `completions`, of shape `(N, H)`, by one forward."""
+    ids = [torch.tensor(completion, dtype=torch.long) for completion in completions]
+    mask = pad([torch.ones_like(row) for row in ids]).to(accelerator.device)
+    rollouts = Rollouts.from_prompts(prompts, pad(ids).to(accelerator.device), mask, pad_token_id)
+    with accelerator.autocast():
+        output = rollouts.forward(model, shares_prefix, backend, hidden_states_only=True)
+    return output.hidden_states[mask.bool()]

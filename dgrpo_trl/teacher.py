@@ -1,4 +1,4 @@
-"""The teacher: named, loaded, frozen, and asked to score rollouts."""
+"""The teacher: named, loaded, frozen, and scoring rollouts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,17 +6,24 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, use_adapter
 
 from .config import DGRPOConfig
 from .losses import LMHead, token_terms
 from .models import BASE_TEACHER, teacher_hub_kwargs, teacher_init_kwargs
 from .rollouts import Rollouts
 from .scoring import CompletionScoring, add_completion_scoring, lm_head
+from .shared_prefix import PrefixSharing
+from .trl_compat import (
+    base_model,
+    create_model_from_path,
+    disable_dropout_in_model,
+    prepare_deepspeed,
+    prepare_fsdp,
+    use_adapter,
+)
 
 
 logger = get_logger(__name__)
@@ -125,20 +132,18 @@ class Teacher:
             The trainer's model.
         accelerator ([`~accelerate.Accelerator`]):
             Decides how the teacher is placed: sharded under ZeRO-3 and FSDP, a copy on each device elsewhere.
+        sharing ([`~shared_prefix.PrefixSharing`]):
+            Whether each prompt runs once for all its completions: the student's own, where that is the teacher.
         temperature (`float`):
             That of the rollouts.
         fp32_projection (`bool`, *optional*, defaults to `False`):
             Run the LM head in float32.
-        shares_prefix (`bool`, *optional*, defaults to `False`):
-            Run each prompt once for all its completions.
-        shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
-            Attention kernels of the shared prefix.
         offload_device (`str`, *optional*):
             Where the weights wait while there is nothing to score, all but those of the LM head, which the student's
             loss reads.
 
     Raises:
-        NotImplementedError: If the weights cannot be moved: under FSDP, or quantised ones.
+        NotImplementedError: If the weights cannot be moved: under FSDP, or quantized ones.
     """
 
     def __init__(
@@ -146,17 +151,15 @@ class Teacher:
         model: PreTrainedModel | None,
         student: nn.Module,
         accelerator: Accelerator,
+        sharing: PrefixSharing,
         temperature: float,
         fp32_projection: bool = False,
-        shares_prefix: bool = False,
-        shared_prefix_backend: str = "auto",
         offload_device: str | None = None,
     ):
         self.accelerator = accelerator
         self.offload_device = offload_device
         self.fp32_projection = fp32_projection
-        self.shares_prefix = shares_prefix
-        self.shared_prefix_backend = shared_prefix_backend
+        self.sharing = sharing
         self.is_base = model is None
         if self.is_base:
             self.model = student
@@ -260,9 +263,9 @@ class Teacher:
             pad_token_id (`int`):
                 Fills the prompts up on the left.
             batch_size (`int`):
-                Rows a forward.
+                Rows per forward.
             max_tokens (`int`, *optional*):
-                Tokens a forward.
+                Tokens per forward.
 
         Returns:
             `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient; 0 where the mask is 0.
@@ -270,13 +273,13 @@ class Teacher:
         completion_ids = self.readable(completion_ids, pad_token_id)
         rollouts = Rollouts.from_prompts(prompts, completion_ids, completion_mask, pad_token_id)
         with self._as_teacher():
-            parts = rollouts.split(batch_size, max_tokens, self.shares_prefix, self.accelerator)
+            parts = rollouts.split(batch_size, max_tokens, self.sharing.is_on, self.accelerator)
             return torch.cat([self._forward(rollouts.select(rows))[: len(rows)] for rows in parts])
 
     def _forward(self, rollouts: Rollouts) -> Tensor:
         with self.accelerator.autocast():
             states = rollouts.forward(
-                self.model, self.shares_prefix, self.shared_prefix_backend, hidden_states_only=True
+                self.model, self.sharing.is_on, self.sharing.backend, hidden_states_only=True
             ).hidden_states
             # The head rounds its input to the autocast dtype anyway: keeping more would only take more memory
             device_type = states.device.type
@@ -315,11 +318,6 @@ def _check_movable(model: PreTrainedModel, accelerator: Accelerator) -> None:
         )
     if getattr(model, "is_quantized", False):
         raise NotImplementedError(
-            "`teacher_offload` is set, but the teacher is quantised, and its weights are bound to their device. Leave "
-            "it out: a quantised teacher takes little memory."
+            "`teacher_offload` is set, but the teacher is quantized, and its weights are bound to their device. Leave "
+            "it out: a quantized teacher takes little memory."
         )
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """`model` without its PEFT wrapper, if it has one."""
-    return model.get_base_model() if is_peft_model(model) else model

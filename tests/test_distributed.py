@@ -160,7 +160,7 @@ def test_zero3_skips_a_step_that_is_not_finite_on_one_rank(models):
     _, result = run(
         models, "stops", accelerate("cpu_zero3.yaml"), spoil=[1, 2], max_nonfinite_steps=2, expected=1, **common
     )
-    assert "2 optimiser steps in a row were not finite; the last: the teacher term" in result.stderr
+    assert "2 consecutive optimizer steps were not finite; the last: the teacher term" in result.stderr
 
 
 @needs_deepspeed

@@ -1,4 +1,4 @@
-"""What fails in a long run: steps that are not finite, rewards that raise, a vLLM server that goes away."""
+"""What fails in a long run: steps that are not finite, rewards that raise, a vLLM server that is lost."""
 
 import asyncio
 import re
@@ -21,16 +21,16 @@ from dgrpo_trl.run import vllm_server
 from dgrpo_trl.run.vllm_server import ServerLost, report_losses, wait_for_server
 
 
-class Spoiling(DGRPOTrainer):
+class Corrupting(DGRPOTrainer):
     """Puts a NaN into what the teacher says of one row, in some generation batches."""
 
-    spoilt: set[int] = set()
+    corrupt: set[int] = set()
     num_batches = 0
 
     def _generate_and_score_completions(self, inputs):
         rollouts = super()._generate_and_score_completions(inputs)
         self.num_batches += 1
-        if self.num_batches in self.spoilt:
+        if self.num_batches in self.corrupt:
             if "teacher_hidden_states" in rollouts:
                 rollouts["teacher_hidden_states"][2, 0, 0] = float("nan")
             else:
@@ -66,8 +66,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_rows_are_named(
     make_trainer, saved_teacher, caplog, optim, distills
 ):
     options = {"teacher_model": saved_teacher} if distills else {"distill_coef": 0.0}
-    trainer = make_trainer(Spoiling, max_steps=4, optim=optim, weight_decay=0.1, logging_steps=1, **options)
-    trainer.spoilt = {2}
+    trainer = make_trainer(Corrupting, max_steps=4, optim=optim, weight_decay=0.1, logging_steps=1, **options)
+    trainer.corrupt = {2}
     record = Record(trainer)
     trainer.train()
     assert record.moved() == [True, False, True, True]  # Adam's momentum and the decay did not move it either
@@ -76,22 +76,24 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_rows_are_named(
     assert f"Step 2 on rank 0: the {term} term" in message
     assert re.search(rf"Rows: \d \({fault}\)", message) and message.count(fault) == 1
     assert "What is the number?" in message
-    assert "Step 2 is skipped" in caplog.text
+    assert "Step 2 is skipped and the weights stay: 1 consecutive" in caplog.text
 
 
-def test_training_stops_after_so_many_in_a_row(make_trainer, saved_teacher):
-    trainer = make_trainer(Spoiling, max_steps=9, teacher_model=saved_teacher, max_nonfinite_steps=2)
-    trainer.spoilt = {2, 4, 5}
+def test_training_stops_after_max_nonfinite_steps_consecutive_ones(make_trainer, saved_teacher):
+    trainer = make_trainer(Corrupting, max_steps=9, teacher_model=saved_teacher, max_nonfinite_steps=2)
+    trainer.corrupt = {2, 4, 5}
     record = Record(trainer)
-    with pytest.raises(RuntimeError, match="2 optimiser steps in a row were not finite; the last: the teacher term"):
+    with pytest.raises(
+        RuntimeError, match="2 consecutive optimizer steps were not finite; the last: the teacher term"
+    ):
         trainer.train()
     assert trainer.state.global_step == 4 and record.moved() == [True, False, True, False]
 
 
 def test_one_bad_micro_batch_skips_the_whole_step(make_trainer, saved_teacher):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
-    trainer = make_trainer(Spoiling, teacher_model=saved_teacher, **options)
-    trainer.spoilt = {1}
+    trainer = make_trainer(Corrupting, teacher_model=saved_teacher, **options)
+    trainer.corrupt = {1}
     record = Record(trainer)
     trainer.train()
     assert record.moved() == [False, True]
@@ -205,7 +207,7 @@ def server():
 @pytest.fixture
 def served(make_trainer, saved_teacher, server, monkeypatch):
     """A trainer in server mode, by TRL's own code; the parts of it that need vLLM or CUDA are counted instead."""
-    monkeypatch.setattr(vllm_server, "_SECONDS_BETWEEN_TRIES", 0.1)
+    monkeypatch.setattr(vllm_server, "SECONDS_BETWEEN_TRIES", 0.1)
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, max_steps=3)
     client = VLLMClient.__new__(VLLMClient)
     client.base_url, client.session = f"http://127.0.0.1:{server.port}", requests.Session()
@@ -318,7 +320,7 @@ def test_the_head_stays_where_the_loss_needs_it(make_trainer, make_model, tied):
 def test_what_cannot_be_moved_is_refused(make_trainer, saved_teacher, make_model):
     teacher = make_model(seed=1)
     teacher.is_quantized = True
-    with pytest.raises(NotImplementedError, match="the teacher is quantised"):
+    with pytest.raises(NotImplementedError, match="the teacher is quantized"):
         make_trainer(DGRPOTrainer, teacher_model=teacher, teacher_offload="cpu")
     with pytest.raises(ValueError, match="`teacher_offload` is 'disk'"):
         make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_offload="disk")

@@ -9,7 +9,7 @@ import torch
 from conftest import build_tokenizer
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.run.heatmap import Trace, decode_pieces, render_heatmap, tail, write_heatmap
+from dgrpo_trl.run.heatmap import Inspector, Trace, decode_pieces, render_heatmap, tail, write_heatmap
 
 
 def test_the_tail_of_a_prompt_is_where_the_question_stands():
@@ -40,7 +40,7 @@ def opacities(page):
     return [float(value) for value in re.findall(r"214, 39, 40, ([\d.]+)\)\" title", page)]
 
 
-def test_colours_grow_with_the_divergence_and_numbers_are_there():
+def test_colors_grow_with_the_divergence_and_numbers_are_there():
     tokenizer = build_tokenizer()
     ids = tokenizer("ship town Venice number")["input_ids"]
     divergences = [0.1 * (i + 1) for i in range(len(ids))]
@@ -71,24 +71,25 @@ def test_the_index_names_all_steps(tmp_path):
     assert re.findall(r'href="([^"]+)">step (\d+)', index) == [("step_000002.html", "2"), ("step_000010.html", "10")]
 
 
-class Watching(DGRPOTrainer):
+class Watching(Inspector):
     """Remembers the divergence of each completion, by its tokens, as the loss sees it."""
 
-    def _log_distillation(self, scored, mask, *args):
-        self.seen = getattr(self, "seen", {})
-        for row, row_mask, ids in zip(scored.divergences, mask, self.current_ids, strict=True):
-            text = self._tokenizer.decode(ids[row_mask.bool()], skip_special_tokens=True)
-            self.seen.setdefault(self.state.global_step + 1, {})[text] = row[row_mask.bool()].mean().item()
-        super()._log_distillation(scored, mask, *args)
+    def __init__(self, trainer):
+        super().__init__(keeps_rows=True, keeps_trace=False)
+        self.trainer = trainer
+        self.seen = {}
 
-    def _compute_loss(self, model, inputs):
-        self.current_ids = inputs["completion_ids"]
-        return super()._compute_loss(model, inputs)
+    def observe(self, inputs, scored, mask):
+        step = self.trainer.state.global_step + 1
+        for row, row_mask, ids in zip(scored.divergences, mask, inputs["completion_ids"], strict=True):
+            text = self.trainer.processing_class.decode(ids[row_mask.bool()], skip_special_tokens=True)
+            self.seen.setdefault(step, {})[text] = row[row_mask.bool()].mean().item()
+        super().observe(inputs, scored, mask)
 
 
 def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved_teacher, tmp_path):
     trainer = make_trainer(
-        Watching,
+        DGRPOTrainer,
         teacher_model=saved_teacher,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=3,
@@ -97,6 +98,7 @@ def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved
         max_steps=2,
         temperature=2.0,
     )
+    trainer.inspector = Watching(trainer)
     trainer.train()
     for step in (1, 2):
         table = pd.read_parquet(tmp_path / "out" / "completions" / f"completions_{step:05d}.parquet")
@@ -104,8 +106,8 @@ def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved
         matched = 0
         for _, row in table.iterrows():
             text = row["completion"][0]["content"]
-            if text in trainer.seen[step]:
-                assert row["divergence"] == pytest.approx(trainer.seen[step][text], rel=1e-4)
+            if text in trainer.inspector.seen[step]:
+                assert row["divergence"] == pytest.approx(trainer.inspector.seen[step][text], rel=1e-4)
                 matched += 1
             assert row["answer"] in row["prompt"][0]["content"]
         assert matched >= 10
@@ -127,7 +129,7 @@ def test_rows_of_an_evaluation_have_no_divergence_in_the_table(make_trainer, sav
     files = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
     assert len(files) == 3  # TRL overwrites the table of a step with that of its evaluation
     assert all(pd.read_parquet(path)["divergence"].isna().all() for path in files)
-    assert None not in trainer._inspector.divergences
+    assert None not in trainer.inspector.divergences
 
 
 def test_a_run_writes_its_heat_maps_and_sends_them_to_wandb(make_trainer, saved_teacher, tmp_path, monkeypatch):
@@ -149,7 +151,7 @@ def test_a_run_writes_its_heat_maps_and_sends_them_to_wandb(make_trainer, saved_
 def test_nothing_is_kept_where_nothing_is_asked_for(make_trainer, saved_teacher, tmp_path):
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher)
     trainer.train()
-    assert trainer._inspector.trace is None and set(trainer._inspector.divergences) == {None}
+    assert trainer.inspector.trace is None and set(trainer.inspector.divergences) == {None}
     assert not (tmp_path / "out" / "heatmaps").exists()
     with pytest.raises(ValueError, match="there is no teacher to disagree"):
         make_trainer(DGRPOTrainer, distill_coef=0.0, log_heatmaps=True)
@@ -157,7 +159,7 @@ def test_nothing_is_kept_where_nothing_is_asked_for(make_trainer, saved_teacher,
 
 def test_a_completion_with_nothing_to_learn_from_has_no_divergence(make_trainer, saved_teacher):
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, log_heatmaps=True, log_completions=True)
-    inspector = trainer._inspector
+    inspector = trainer.inspector
     inspector.begin(2, is_training=True)
     inputs = {
         "row_index": torch.tensor([1, 0]),
@@ -171,6 +173,6 @@ def test_a_completion_with_nothing_to_learn_from_has_no_divergence(make_trainer,
         divergences = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
         logps = teacher_entropies = torch.zeros(2, 2)
 
-    inspector.look(inputs, Scored, torch.tensor([[1, 1], [0, 0]]))
+    inspector.observe(inputs, Scored, torch.tensor([[1, 1], [0, 0]]))
     assert inspector.divergences == [None, 2.0]
     assert inspector.trace.completion_ids == [7, 8] and inspector.trace.prompt_ids == [4]

@@ -1,4 +1,4 @@
-"""Runs that lose no work: stopped by signals, killed while saving, and gone on with."""
+"""Runs that lose no work: stopped by signals, killed while saving, and resumed."""
 
 import json
 import os
@@ -18,15 +18,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.run.checkpoints import (
-    EXIT_REQUEUE,
-    CompleteCheckpoints,
-    StopOnSignal,
-    latest_checkpoint,
-    mark_complete,
-    resolve_checkpoint,
-    train_to_the_end,
-)
+from dgrpo_trl.run.checkpoints import CompleteCheckpoints, latest_checkpoint, mark_complete, resolve_checkpoint
+from dgrpo_trl.run.signals import EXIT_REQUEUE, StopOnSignal
+from dgrpo_trl.run.training import train_to_the_end
 from dgrpo_trl.sft_trainer import ResumableSFTTrainer
 
 
@@ -40,7 +34,7 @@ def make_checkpoint(folder, step, is_complete=True):
     return path
 
 
-def test_a_checkpoint_half_written_is_passed_over(tmp_path):
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
     make_checkpoint(tmp_path, 2)
     make_checkpoint(tmp_path, 10)  # later than 9, although not in the alphabet
     make_checkpoint(tmp_path, 9)
@@ -59,17 +53,17 @@ def test_which_checkpoint_is_asked_for(tmp_path):
     for nothing in (None, False, "false"):
         assert resolve_checkpoint(nothing, tmp_path) is None
     assert resolve_checkpoint("auto", tmp_path) is None
-    with pytest.raises(ValueError, match="There is no whole checkpoint in"):
+    with pytest.raises(ValueError, match="There is no complete checkpoint in"):
         resolve_checkpoint("true", tmp_path)
     path = make_checkpoint(tmp_path, 3)
     assert resolve_checkpoint("auto", tmp_path) == resolve_checkpoint(True, tmp_path) == str(path)
     assert resolve_checkpoint(str(path), "elsewhere") == str(path)
-    with pytest.raises(ValueError, match="cannot be gone on from"):
+    with pytest.raises(ValueError, match="cannot be resumed from"):
         resolve_checkpoint(str(tmp_path / "checkpoint-4"), tmp_path)
 
 
 class DiskFull(DGRPOTrainer):
-    """From the second checkpoint on, the system lets no file grow beyond so many bytes."""
+    """From the second checkpoint on, the system lets no file grow beyond `limit` bytes."""
 
     limit = 0
 
@@ -90,7 +84,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, saved_teacher, t
     trainer = make_trainer(DiskFull, teacher_model=saved_teacher, **options)
     trainer.limit = limit
     with pytest.raises(
-        RuntimeError, match="checkpoint-2 could not be written: .*The newest whole one is .*checkpoint-1"
+        RuntimeError, match="checkpoint-2 could not be written: .*The newest complete one is .*checkpoint-1"
     ):
         trainer.train()
     assert latest_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
@@ -157,7 +151,7 @@ class StopInStep(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_cold_start_that_is_stopped_goes_on_to_the_same_weights_and_its_card_holds_the_recipe(tokenizer, tmp_path):
+def test_a_cold_start_that_is_stopped_resumes_to_the_same_weights_and_its_card_holds_the_recipe(tokenizer, tmp_path):
     rows = [{"prompt": f"Number {i}?", "completion": f" {i}" * (i % 3 + 1)} for i in range(16)]
 
     def make(output, *callbacks):
@@ -200,10 +194,10 @@ def test_before_the_first_step_there_is_nothing_to_save(make_trainer, saved_teac
 
 def test_a_second_interrupt_ends_the_run_at_once(make_trainer, saved_teacher):
     trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher)
-    stop = StopOnSignal(trainer)
-    stop._handle(signal.SIGINT, None)
+    stop = StopOnSignal(trainer.accelerator)
+    stop.handle(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        stop._handle(signal.SIGINT, None)
+        stop.handle(signal.SIGINT)
 
 
 REWARDS = """
@@ -218,7 +212,7 @@ def stopping(completions, **kwargs):
 """
 
 
-def test_a_script_that_is_stopped_asks_to_be_started_again_and_goes_on(tokenizer, saved_teacher, tmp_path):
+def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(tokenizer, saved_teacher, tmp_path):
     build_model().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [{"prompt": [{"role": "user", "content": f"Number {i}?"}], "answer": str(i)} for i in range(12)]

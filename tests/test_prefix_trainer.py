@@ -327,7 +327,7 @@ def test_a_fully_masked_micro_batch_trains_on(make_trainer, make_model):
 
 def test_auto_is_on_where_it_is_exact_and_says_so(make_trainer, make_model, seen_logs):
     trainer = make_trainer(DGRPOTrainer, teacher_model=make_model(seed=1))
-    assert trainer._shares_prefix and trainer.teacher.shares_prefix
+    assert trainer.sharing.is_on and trainer.teacher.sharing.is_on
     trainer.train()
     assert "Shared prefix: on for the student" in seen_logs.text
     assert "Shared prefix: exact for the teacher to" in seen_logs.text
@@ -336,7 +336,7 @@ def test_auto_is_on_where_it_is_exact_and_says_so(make_trainer, make_model, seen
 def test_auto_is_off_for_what_was_not_tested_and_says_why(make_trainer, make_model, seen_logs, packed_tokens):
     teacher = make_model("StableLm", seed=1)
     trainer = make_trainer(DGRPOTrainer, teacher_model=teacher)
-    assert trainer._shares_prefix and not trainer.teacher.shares_prefix
+    assert trainer.sharing.is_on and not trainer.teacher.sharing.is_on
     trainer.train()
     lines = [record.getMessage() for record in seen_logs.records if "off for the teacher" in record.getMessage()]
     assert len(lines) == 1 and "'stablelm' is not among those that were tested" in lines[0]
@@ -358,7 +358,7 @@ def test_on_is_refused_before_weights_load(make_trainer, make_model, tokenizer, 
 def test_eager_attention_is_not_shared(make_trainer, make_model, seen_logs):
     model = make_model()
     model.set_attn_implementation("eager")
-    assert not make_trainer(DGRPOTrainer, model, distill_coef=0.0)._shares_prefix
+    assert not make_trainer(DGRPOTrainer, model, distill_coef=0.0).sharing.is_on
     assert "'eager', not 'sdpa' or a flash one" in seen_logs.text
     with pytest.raises(ValueError, match="'eager', not 'sdpa'"):
         make_trainer(DGRPOTrainer, model, distill_coef=0.0, shared_prefix="on")
@@ -366,7 +366,7 @@ def test_eager_attention_is_not_shared(make_trainer, make_model, seen_logs):
 
 def test_prompt_tuning_is_not_shared(make_trainer, seen_logs):
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    assert not make_trainer(DGRPOTrainer, distill_coef=0.0, peft_config=adapter)._shares_prefix
+    assert not make_trainer(DGRPOTrainer, distill_coef=0.0, peft_config=adapter).sharing.is_on
     assert "off for the student: its adapter puts virtual tokens before the prompt" in seen_logs.text
 
 
@@ -407,8 +407,7 @@ def test_a_model_that_turns_out_wrong_is_caught_when_rows_outgrow_its_window(
 
     auto = trainer("auto")
     auto.train()  # one prompt a step
-    assert not (auto._shares_prefix if who == "student" else auto.teacher.shares_prefix)
-    assert auto._shares_prefix or auto.teacher.shares_prefix
+    assert auto.sharing.is_on is (who != "student") and auto.teacher.sharing.is_on is (who != "teacher")
     assert f"Shared prefix: exact for the {who} to" in seen_logs.text  # the short prompt
     assert "The shared prefix is switched off for it" in seen_logs.text
     with pytest.raises(RuntimeError, match=f"The hidden states of the {who} with a shared prefix differ"):
@@ -416,7 +415,7 @@ def test_a_model_that_turns_out_wrong_is_caught_when_rows_outgrow_its_window(
 
 
 def test_the_comparison_waits_for_two_rollouts_of_a_prompt_and_for_twice_the_length(make_trainer):
-    check = make_trainer(DGRPOTrainer, distill_coef=0.0)._student_check
+    check = make_trainer(DGRPOTrainer, distill_coef=0.0).sharing.check
     assert not check.is_due([[1, 2], [3, 4]], [[5], [6]])
     assert not check.is_due([[1, 2], [1, 2]], [[5], []])
     assert check.is_due([[1, 2], [1, 2]], [[5], [6]])
@@ -426,7 +425,7 @@ def test_the_comparison_waits_for_two_rollouts_of_a_prompt_and_for_twice_the_len
 
 def test_the_comparison_fails_for_nan(make_trainer):
     for bf16 in (False, True):
-        check = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=bf16)._student_check
+        check = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=bf16).sharing.check
         states = torch.ones(2, 4)
         states[1] = torch.nan
         assert not check.passes([[1]] * 2, [[2]] * 2, lambda prompts, *_, states=states: states[-len(prompts) :])
@@ -443,8 +442,8 @@ def test_the_comparison_tells_wrong_from_rounded_in_bfloat16(make_trainer, monke
         monkeypatch.setattr("dgrpo_trl.rollouts.pack", one_branch)
     trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=True)
     trainer.train()
-    assert trainer._shares_prefix is not breaks
-    error, tolerance = trainer._student_check.error, trainer._student_check.low_precision_tolerance
+    assert trainer.sharing.is_on is not breaks
+    error, tolerance = trainer.sharing.check.error, trainer.sharing.check.low_precision_tolerance
     assert error > tolerance if breaks else 0 < error < tolerance / 5
 
 
@@ -452,7 +451,7 @@ def test_lora_dropout_does_not_disturb_the_comparison(make_trainer, make_model):
     adapter = LoraConfig(**LORA, lora_dropout=0.5, init_lora_weights=False)
     trainer = make_trainer(DGRPOTrainer, teacher_model="base", peft_config=adapter, shared_prefix="on")
     trainer.train()
-    assert 0 < trainer._student_check.error < 1e-4 and trainer.model.training
+    assert 0 < trainer.sharing.check.error < 1e-4 and trainer.model.training
 
 
 def test_the_backend_is_the_one_that_was_asked_for(make_trainer, monkeypatch):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import DGRPOConfig
-from ..run.checkpoints import train_to_the_end
+from ..run.training import train_to_the_end
 from .training_run import TrainingRunArguments, prepare_run
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..run.checkpoints import train_to_the_end
+from ..run.training import train_to_the_end
 from .training_run import TrainingRunArguments, prepare_run
 
 

@@ -10,8 +10,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..models import load_student_tokenizer
 from ..preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
-from ..run.checkpoints import keep_run_id
 from ..run.console import quiet_known_warnings
+from ..run.training import keep_run_id
 from ..training_data import AnyDataset, LongBlocksArguments, load_training_data
 from .arguments import parse_arguments
 

@@ -1,21 +1,26 @@
-"""What people look at while a run goes on: the tail of long prompts, and which tokens the teacher disagreed with."""
+"""What people look at while a run trains: the tail of long prompts, and which tokens the teacher disagreed with."""
 
 import html
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from ..scoring import CompletionOutput
 
 
 TAIL_CHARS = 300
 _ELLIPSIS = "[...] "
-# A character takes at most so many tokens of a byte-level vocabulary
-_MAX_TOKENS_OF_A_CHARACTER = 8
-# The scale of colours ends here, in nats, unless a completion goes beyond
-_FULL_COLOUR_NATS = 2.0
+# Tokens of a byte-level vocabulary that one character takes at most
+_MAX_TOKENS_PER_CHARACTER = 8
+# The color scale ends here, in nats, unless a completion goes beyond
+_FULL_COLOR_NATS = 2.0
 _MAX_OPACITY = 0.75  # more would make the text hard to read
 
 _STYLE = """
@@ -73,7 +78,7 @@ def decode_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> lis
     """Text in pieces, and how many tokens each stands for: more than one where these are one character together."""
     pieces, start = [], 0
     while start < len(ids):
-        for end in range(start + 1, min(len(ids), start + _MAX_TOKENS_OF_A_CHARACTER) + 1):
+        for end in range(start + 1, min(len(ids), start + _MAX_TOKENS_PER_CHARACTER) + 1):
             text = decode(list(ids[start:end]))
             if "\ufffd" not in text:
                 break
@@ -86,7 +91,7 @@ def decode_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> lis
 
 
 def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str) -> str:
-    """An HTML page that shows a completion with each token coloured by the divergence to the teacher.
+    """An HTML page that shows a completion with each token colored by the divergence to the teacher.
 
     It needs no network, and shows a token's numbers where the pointer rests on it.
 
@@ -105,7 +110,7 @@ def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str)
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    scale = max([_FULL_COLOUR_NATS, *trace.divergences])
+    scale = max([_FULL_COLOR_NATS, *trace.divergences])
     spans, start = [], 0
     for text, count in decode_pieces(trace.completion_ids, decode):
         places = range(start, start + count)
@@ -122,10 +127,10 @@ def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str)
         )
         start += count
     facts = {
-        "mean divergence": f"{trace.mean_divergence:.3f} nats a token",
+        "mean divergence": f"{trace.mean_divergence:.3f} nats per token",
         "tokens": str(len(trace.completion_ids)),
         "advantage": f"{trace.advantage:.3f}",
-        "colours": f'0 <span class="legend"></span> {scale:.1f} nats',
+        "colors": f'0 <span class="legend"></span> {scale:.1f} nats',
     }
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     prompt = html.escape(str(tail(decode(trace.prompt_ids))))
@@ -171,19 +176,19 @@ class Inspector:
         self.trace: Trace | None = None
 
     def begin(self, num_rows: int, is_training: bool) -> None:
-        """A new generation batch, of so many rows on this rank; one of an evaluation leaves what is known alone."""
+        """A new generation batch of `num_rows` on this rank; one of an evaluation leaves what was collected alone."""
         self.table_is_trained = is_training
         if is_training:
             self.divergences = [None] * num_rows
 
-    def look(self, inputs: dict[str, Any], scored: Any, mask: Any) -> None:
+    def observe(self, inputs: dict[str, Any], scored: CompletionOutput, mask: Tensor) -> None:
         """Takes in a micro-batch that has been scored. Rank-local.
 
         Args:
             inputs (`dict`):
                 The micro-batch; `row_index` says which rows of the generation batch these are.
-            scored ([`~heads.CompletionOutput`]):
-                What the student's forward gave.
+            scored ([`~scoring.CompletionOutput`]):
+                What the student's forward returned.
             mask (`torch.Tensor` of shape `(B, T)`):
                 Tokens that count.
         """
@@ -208,3 +213,31 @@ class Inspector:
             teacher_entropies=scored.teacher_entropies[worst][where].float().tolist(),
             advantage=float(inputs["advantages"][worst].reshape(-1)[0]),
         )
+
+    def complete_table(self, logs: dict[str, Any]) -> None:
+        """Cuts long prompts in TRL's table of completions, and adds the column `divergence`. A collective call.
+
+        Args:
+            logs (`dict`):
+                TRL's columns, deques of equal length.
+        """
+        prompts = logs["prompt"] = deque(map(tail, logs["prompt"]), logs["prompt"].maxlen)
+        if not self.keeps_rows:
+            return
+        divergences: list[float | None] = gather_object(self.divergences)
+        if not self.table_is_trained or len(divergences) != len(prompts):
+            divergences = [None] * len(prompts)
+        logs["extra"]["divergence"] = deque(divergences, prompts.maxlen)
+
+    def write_heatmap(self, args: TrainingArguments, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes the page of the collected trace, if there is one, to `output_dir/heatmaps` and to wandb."""
+        if self.trace is None:
+            return
+        page = render_heatmap(self.trace, tokenizer, f"Step {step}: where the teacher disagreed")
+        write_heatmap(Path(args.output_dir) / "heatmaps", step, page)
+        self.trace = None
+        if "wandb" in args.report_to:
+            import wandb  # an optional dependency
+
+            if wandb.run is not None:
+                wandb.log({"heatmap": wandb.Html(page, inject=False)})

@@ -1,69 +1,75 @@
 """Steps whose loss or gradient is NaN or infinite: they are reported and skipped, and too many end the run."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..scoring import CompletionOutput
 from ..shared_prefix import unpadded
 
 
-if TYPE_CHECKING:
-    from ..trainer import DGRPOTrainer
-
 logger = get_logger(__name__)
 
 _TAIL_TOKENS = 48  # of a prompt, in a message
 _MAX_ROWS = 4  # of a micro-batch, in a message
+_NOTHING_OBSERVED = "the gradient is not finite although the loss is"
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Leaves the weights as they are where an optimiser step would spoil them.
+    """Leaves the weights as they are where an optimizer step would corrupt them.
 
     A step is skipped on all ranks where the loss of a micro-batch, or the norm of the gradient, is not finite on any.
-    DeepSpeed skips such a step by itself, with the same test of the gradient; elsewhere the gradients are taken away
-    before the optimiser looks, so that neither weights nor moments move. Steps so skipped count as steps.
+    DeepSpeed skips such a step by itself, with the same test of the gradient; elsewhere the gradients are removed
+    before the optimizer reads them, so that neither weights nor moments move. Skipped steps count as steps.
 
     Args:
-        trainer ([`DGRPOTrainer`]):
-            The run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Brings the outcome to all ranks.
+        decode (`Callable`):
+            From token ids to text, for the messages.
         max_steps (`int`):
-            Training ends with an error after so many skipped steps in a row.
+            Training ends with an error after this many consecutive skipped steps.
     """
 
-    def __init__(self, trainer: "DGRPOTrainer", max_steps: int):
-        self.trainer = trainer
+    def __init__(self, accelerator: Accelerator, decode: Callable[[list[int]], str], max_steps: int):
+        self.accelerator = accelerator
+        self.decode = decode
         self.max_steps = max_steps
-        self.num_in_a_row = 0
+        self.num_consecutive = 0
+        self.gradient_is_finite = True  # of the last step; set by the trainer
         self._is_bad = False
-        self._report = "the gradient is not finite although the loss is"
+        self._report = _NOTHING_OBSERVED
 
     @torch.no_grad()
-    def look(self, inputs: dict[str, Any], terms: dict[str, Tensor], scored: CompletionOutput | None) -> None:
-        """Remembers and reports a micro-batch whose loss is not finite. Rank-local.
+    def observe(
+        self, step: int, inputs: dict[str, Any], terms: dict[str, Tensor], scored: CompletionOutput | None
+    ) -> None:
+        """Remembers and reports a micro-batch of training whose loss is not finite. Rank-local.
 
         Args:
+            step (`int`):
+                Optimizer step that the micro-batch is part of, from 1.
             inputs (`dict`):
                 The micro-batch, as the trainer's loss gets it.
             terms (`dict[str, torch.Tensor]`):
                 The terms of its loss, scalars.
-            scored ([`~heads.CompletionOutput`], *optional*):
-                What the student's forward gave.
+            scored ([`~scoring.CompletionOutput`], *optional*):
+                What the student's forward returned.
         """
-        if not self.trainer.model.training or torch.isfinite(sum(terms.values())):
+        if torch.isfinite(sum(terms.values(), torch.tensor(0.0))):
             return
         bad_terms = [name for name, value in terms.items() if not torch.isfinite(value)] or list(terms)
         rows = "; ".join(self._rows(inputs, scored)) or "no single row stands out"
         self._is_bad = True
         self._report = f"the {' and the '.join(bad_terms)} term of the loss is not finite. Rows: {rows}"
         logger.warning(
-            f"Step {self.trainer.state.global_step + 1} on rank {self.trainer.accelerator.process_index}: "
-            f"{self._report}",
-            main_process_only=False,
+            f"Step {step} on rank {self.accelerator.process_index}: {self._report}", main_process_only=False
         )
 
     def _rows(self, inputs: dict[str, Any], scored: CompletionOutput | None) -> list[str]:
@@ -84,42 +90,46 @@ class NonFiniteGuard(TrainerCallback):
             for row in is_bad.nonzero().flatten().tolist():
                 faults.setdefault(row, []).append(name)
         prompts = unpadded(inputs["prompt_ids"], inputs["prompt_mask"])
-        decode = self.trainer._tokenizer.decode
         return [
-            f"{row} ({', '.join(names)}), whose prompt ends {decode(prompts[row][-_TAIL_TOKENS:].tolist())!r}"
+            f"{row} ({', '.join(names)}), whose prompt ends {self.decode(prompts[row][-_TAIL_TOKENS:].tolist())!r}"
             for row, names in sorted(faults.items())[:_MAX_ROWS]
         ]
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
     ) -> None:
         """A collective call. Under DeepSpeed the step has been made, or skipped, at this point."""
-        trainer = self.trainer
-        is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-        is_bad = self._is_bad or not trainer.gradient_is_finite
-        is_bad = trainer.accelerator.reduce(torch.tensor(float(is_bad), device=trainer.accelerator.device)).item() > 0
-        was_skipped = is_deepspeed and trainer.accelerator.optimizer_step_was_skipped
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        is_bad = torch.tensor(float(self._is_bad or not self.gradient_is_finite), device=self.accelerator.device)
+        any_is_bad = self.accelerator.reduce(is_bad).item() > 0
+        was_skipped = is_deepspeed and self.accelerator.optimizer_step_was_skipped
         self._is_bad = False
-        if not (is_bad or was_skipped):
-            self.num_in_a_row = 0
+        if not (any_is_bad or was_skipped):
+            self.num_consecutive = 0
             return
         if is_deepspeed and not was_skipped:
             raise RuntimeError(
                 f"Step {state.global_step + 1}: {self._report}; DeepSpeed has made the step all the same, and the "
-                "weights may be spoilt. Go on from the last checkpoint with `resume_from_checkpoint: auto`, with a "
+                "weights may be corrupt. Resume from the last checkpoint with `resume_from_checkpoint: auto`, with a "
                 "lower `learning_rate` or without these rows; under ZeRO-2 set `check_grad_overflow` in the bf16 "
                 "section of DeepSpeed's configuration."
             )
         if not is_deepspeed:
-            trainer.model_wrapped.zero_grad(set_to_none=True)  # optimisers pass over what has no gradient
-        self.num_in_a_row += 1
+            model.zero_grad(set_to_none=True)  # optimizers pass over what has no gradient
+        self.num_consecutive += 1
         logger.warning(
-            f"Step {state.global_step + 1} is skipped, the {self.num_in_a_row}. in a row: the weights stay."
+            f"Step {state.global_step + 1} is skipped and the weights stay: {self.num_consecutive} consecutive."
         )
-        if self.num_in_a_row >= self.max_steps:
+        if self.num_consecutive >= self.max_steps:
             raise RuntimeError(
-                f"{self.num_in_a_row} optimiser steps in a row were not finite; the last: {self._report}. Nothing is "
-                "learnt any more. The log names the rows of each. Look at them, lower `learning_rate`, or check that "
-                "the teacher runs in bf16 or float32; `max_nonfinite_steps` sets when to stop."
+                f"{self.num_consecutive} consecutive optimizer steps were not finite; the last: {self._report}. "
+                "Nothing is learned any more. The log names the rows of each. Inspect them, lower `learning_rate`, or "
+                "check that the teacher runs in bf16 or float32; `max_nonfinite_steps` sets when to stop."
             )
-        self._report = "the gradient is not finite although the loss is"
+        self._report = _NOTHING_OBSERVED

@@ -1,12 +1,13 @@
-"""A vLLM server that goes away and comes back: the run waits for it.
+"""A vLLM server that becomes unreachable and comes back: the run waits for it.
 
-Generation is asked for by the main process alone, and the others wait for its answer: an error there would leave them
-waiting for ever. So a lost server travels to all of them as the answer, and each raises [`ServerLost`] at that place.
+The main process alone asks for generations, and the others wait for its answer: an error there would leave them
+waiting for ever. So a lost server travels to all of them as the answer, and each raises [`ServerLost`] when it reads
+that.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import requests
 from accelerate import Accelerator
@@ -16,16 +17,18 @@ from accelerate.utils import broadcast_object_list
 
 logger = get_logger(__name__)
 
-_SECONDS_BETWEEN_TRIES = 2.0
+SECONDS_BETWEEN_TRIES = 2.0
 _SECONDS_BETWEEN_MESSAGES = 30.0
+
+_Generated = TypeVar("_Generated")
 
 
 class ServerLost(RuntimeError):
-    """The vLLM server cannot be reached, or is on its way down or up."""
+    """The vLLM server is unreachable, or stopping or starting."""
 
 
 class _Lost:
-    """Stands for an answer that did not come; whoever reads it learns why."""
+    """Stands for an answer that did not come; reading it raises the reason."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -43,7 +46,7 @@ def report_losses(client: Any) -> None:
     """
     generate: Callable[..., dict] = client.generate
 
-    def generate_or_report(*args, **kwargs) -> dict:
+    def generate_or_report(*args: Any, **kwargs: Any) -> dict:
         try:
             return generate(*args, **kwargs)
         except requests.RequestException as error:
@@ -77,17 +80,19 @@ def wait_for_server(client: Any | None, accelerator: Accelerator, limit_seconds:
             Longest wait.
 
     Returns:
-        `bool`: whether the server was away. It may have started anew, with the weights that it read from disk.
+        `bool`: Whether the server was unreachable. It may have restarted, with the weights that it read from disk.
 
     Raises:
         ServerLost: On all ranks, if it does not come up in time.
     """
     outcome: list[str | bool] = [False]
-    if accelerator.is_main_process and not is_up(client):
-        start = said = time.monotonic()
-        logger.warning(f"The vLLM server at {client.base_url} is away. The run waits, up to {limit_seconds:.0f} s.")
+    if client is not None and not is_up(client):
+        start = last_logged = time.monotonic()
+        logger.warning(
+            f"The vLLM server at {client.base_url} is unreachable. The run waits, up to {limit_seconds:.0f} s."
+        )
         while True:
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+            time.sleep(SECONDS_BETWEEN_TRIES)
             now = time.monotonic()
             if is_up(client):
                 outcome = [True]
@@ -100,10 +105,44 @@ def wait_for_server(client: Any | None, accelerator: Accelerator, limit_seconds:
                     "`vllm_server_timeout` is how long a run waits."
                 ]
                 break
-            if now - said > _SECONDS_BETWEEN_MESSAGES:
+            if now - last_logged > _SECONDS_BETWEEN_MESSAGES:
                 logger.warning(f"Still waiting for the vLLM server, for {now - start:.0f} s.")
-                said = now
+                last_logged = now
     broadcast_object_list(outcome, from_process=0)
     if isinstance(outcome[0], str):
         raise ServerLost(outcome[0])
     return outcome[0]
+
+
+def generate_through_outages(
+    generate: Callable[[], _Generated],
+    client: Any | None,
+    accelerator: Accelerator,
+    limit_seconds: float,
+    forget_weights: Callable[[], None],
+) -> _Generated:
+    """Generates as soon as the server is up, again where it was lost meanwhile. A collective call.
+
+    Args:
+        generate (`Callable`):
+            Raises [`ServerLost`] on all ranks, see [`report_losses`].
+        client ([`~trl.generation.vllm_client.VLLMClient`], *optional*), accelerator, limit_seconds:
+            As in [`wait_for_server`].
+        forget_weights (`Callable`):
+            Makes the next `generate` send the student's weights first.
+
+    Raises:
+        ServerLost: On all ranks, if the server does not come up in time.
+    """
+    was_lost = False
+    while True:
+        # One that was lost in the middle of a request may be up again before it is looked for, with other weights
+        if wait_for_server(client, accelerator, limit_seconds) or was_lost:
+            if client is not None:
+                client.init_communicator(device=accelerator.device)
+            forget_weights()
+        try:
+            return generate()
+        except ServerLost as error:
+            was_lost = True
+            logger.warning(f"The vLLM server was lost while it generated: {error}")

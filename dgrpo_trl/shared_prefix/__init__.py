@@ -23,7 +23,8 @@ from .packing import (
     split_by_tokens,
     unpadded,
 )
-from .sharing import ExactnessCheck, share_prefill
+from .regrouping import regroup
+from .sharing import ExactnessCheck, PrefixSharing, share_prefill
 from .support import SUPPORTED_LAYERS, unsupported_reason
 
 
@@ -37,6 +38,7 @@ __all__ = [
     "MathKernel",
     "PackedRollouts",
     "PrefixLayout",
+    "PrefixSharing",
     "SUPPORTED_LAYERS",
     "Sequences",
     "check_backend",
@@ -48,6 +50,7 @@ __all__ = [
     "packed_attention",
     "prompt_keys",
     "register",
+    "regroup",
     "share_prefill",
     "shared_prefix_attention",
     "split_by_tokens",

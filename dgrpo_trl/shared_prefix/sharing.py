@@ -1,33 +1,148 @@
-"""Sharing prompts outside the training forward: the prefill of generation, and the check that sharing is exact."""
+"""Whether a model runs each prompt once: decided before training, checked while it trains; and the prefill."""
 
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..trl_compat import CACHE_NAMES, base_model
+from .attention import register
 from .packing import group_rows, prompt_keys, unpadded
+from .support import unsupported_reason
+
+
+logger = get_logger(__name__)
+
+# From prompts, completions and whether to share, the `(N, H)` states that predict the completion tokens
+States = Callable[[list[list[int]], list[list[int]], bool], Tensor]
+
+
+class PrefixSharing:
+    """Whether one model runs each prompt once for all its completions.
+
+    Decided here from the model, logged with the reason if it is off, and switched off by [`PrefixSharing.confirm`].
+
+    Args:
+        model (`nn.Module`):
+            Possibly wrapped. Its attention is prepared.
+        name (`str`):
+            Which model, for messages.
+        mode (`str`), backend (`str`):
+            `shared_prefix` and `shared_prefix_backend` of the [`DGRPOConfig`].
+        accelerator ([`~accelerate.Accelerator`]):
+            Brings the outcome of the comparisons to all ranks.
+
+    Attributes:
+        is_on (`bool`):
+            Whether it does.
+        unsupported_reason (`str`, *optional*):
+            Why the model cannot share. For `"on"` that is the caller's error to raise.
+    """
+
+    def __init__(self, model: nn.Module, name: str, mode: str, backend: str, accelerator: Accelerator):
+        self.name = name
+        self.mode = mode
+        self.backend = backend
+        self.check = ExactnessCheck(accelerator)
+        self.is_on = False
+        self.unsupported_reason: str | None = None
+        if mode == "off":
+            return
+        unwrapped = accelerator.unwrap_model(model)
+        self.unsupported_reason = _unsupported_reason(unwrapped)
+        if self.unsupported_reason is not None:
+            logger.warning(
+                f"Shared prefix: off for {name}: {self.unsupported_reason}. Every completion runs with a copy of its "
+                "prompt."
+            )
+            return
+        register(base_model(unwrapped).config._attn_implementation)
+        self.is_on = True
+        logger.info(f"Shared prefix: on for {name}")
+
+    def confirm(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        states: States,
+    ) -> None:
+        """Switches sharing off if packed forwards of `model` do not equal plain ones on these rollouts.
+
+        A collective call; it runs forwards only where [`ExactnessCheck.is_due`].
+
+        Raises:
+            RuntimeError: If they do not, and `mode` is `"on"`.
+        """
+        if not (self.is_on and self.check.is_due(prompts, completions)):
+            return
+        was_training = model.training
+        model.eval()  # dropout would differ between the two
+        try:
+            self.is_on = self.check.passes(prompts, completions, states)
+        finally:
+            model.train(was_training)
+        error, length = self.check.error, self.check.checked_length
+        if self.is_on:
+            logger.info(f"Shared prefix: exact for {self.name} to {error:.1e} at {length} tokens")
+            return
+        message = (
+            f"The hidden states of {self.name} with a shared prefix differ from those without by {error:.2g} of their "
+            f"norm, at {length} tokens."
+        )
+        if self.mode == "on":
+            raise RuntimeError(f"{message} Training would be wrong. Set `shared_prefix='off'`, and please report it.")
+        logger.warning(f"{message} The shared prefix is switched off for it; please report this.")
+
+
+def _unsupported_reason(model: nn.Module) -> str | None:
+    """[`unsupported_reason`] of a model that is loaded: of its adapter and its attention too."""
+    config = base_model(model).config
+    reason = unsupported_reason(config)
+    if reason is not None:
+        return reason
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        return "its adapter puts virtual tokens before the prompt"
+    implementation = config._attn_implementation
+    if not (implementation == "sdpa" or "flash" in implementation):
+        return f"its attention implementation is {implementation!r}, not 'sdpa' or a flash one"
+    return None
 
 
 def share_prefill(model: PreTrainedModel) -> None:
     """Makes `model.generate` run equal prompts of a batch once, and copy their keys and values to all its rows.
 
-    Only the first forward over the prompts changes; it stays one forward, so ranks that generate in step still do. The
-    generation modes that do not start from an empty `DynamicCache` are left as they are.
+    Only the first forward over the prompts changes; it stays one forward, so ranks that generate in step still do.
+    Where it cannot be shared, it is the forward it was, and the first time the reason is logged.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model to patch; the base model, where PEFT wraps it.
     """
     original_prefill = model._prefill
+    logged: set[str] = set()
 
-    def prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        cache = model_kwargs.get("past_key_values")
-        starts_empty = type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
-        returns_more = generation_config.output_hidden_states or generation_config.output_attentions
-        if not starts_empty or returns_more or model_kwargs.get("inputs_embeds") is not None:
+    def prefill(
+        self: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+        reason = _unshareable_reason(cache, generation_config, model_kwargs)
+        if reason is not None:
+            if reason not in logged:
+                logged.add(reason)
+                # The standard library's logger: models also generate where no accelerate state exists
+                logger.logger.warning(f"Shared prefix: generation runs every row with a copy of its prompt: {reason}.")
             return original_prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         attention_mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -44,11 +159,26 @@ def share_prefill(model: PreTrainedModel) -> None:
         group_of_row = torch.empty(batch_size, dtype=torch.long, device=input_ids.device)
         for group, rows in enumerate(groups):
             group_of_row[rows] = group
-        outputs.past_key_values.batch_select_indices(group_of_row)
+        cache.batch_select_indices(group_of_row)  # the forward has filled it
         outputs.logits = outputs.logits[group_of_row]
         return outputs
 
     model._prefill = types.MethodType(prefill, model)
+
+
+def _unshareable_reason(cache: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> str | None:
+    """Why this prefill cannot be shared, or `None` if it can."""
+    if type(cache) is not DynamicCache:
+        return f"its cache is a {type(cache).__name__}, not a DynamicCache"
+    if cache.offloading:
+        return "its cache is offloaded"
+    if cache.get_seq_length() > 0:
+        return "it continues from a cache that is not empty"
+    if generation_config.output_hidden_states or generation_config.output_attentions:
+        return "hidden states or attentions are to be returned"
+    if model_kwargs.get("inputs_embeds") is not None:
+        return "it starts from embeddings"
+    return None
 
 
 class ExactnessCheck:
@@ -91,16 +221,15 @@ class ExactnessCheck:
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        states: Callable[[list[list[int]], list[list[int]], bool], Tensor],
+        states: States,
     ) -> bool:
-        """Runs two rollouts both ways, and compares. A collective call.
+        """Runs two rollouts both ways, and compares. A collective call: as many forwards on every rank.
 
         Args:
             prompts, completions (`Sequence[Sequence[int]]`):
                 Rollouts, in token ids.
             states (`Callable`):
-                From prompts, completions, and whether to share, the `(N, H)` states of the model that predict the
-                completion tokens.
+                Runs the model once, see [`States`].
 
         Returns:
             `bool`: The same on all ranks.
@@ -126,10 +255,10 @@ class ExactnessCheck:
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max().item()
 
     @staticmethod
-    def _longest_pair(prompts, completions) -> tuple[int, list[int]]:
-        """Length and rows of the longest two rollouts of one prompt that have tokens to score.
+    def _longest_pair(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
+        """Length and rows of the longest two rollouts of one prompt that have tokens to score; 0 if none has.
 
-        If there are none, 0 and the first row twice: all ranks must run the same forwards.
+        Then the first row stands twice: every rank runs two plain rows, whatever its batch holds.
         """
         best, best_rows = 0, [0, 0]
         for rows in group_rows([tuple(prompt) for prompt in prompts]):
