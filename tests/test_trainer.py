@@ -42,6 +42,7 @@ def rollouts_of(trainer):
 
 def loss_and_gradients(trainer, rollouts):
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.accelerator.sync_gradients = True  # a run that was stopped within a step leaves False to all later ones
     trainer.model.train()
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(rollouts))
