@@ -1,9 +1,9 @@
 """Prompts as chats: literal control tokens in them, and their length in tokens."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
 
 from .text import break_special_tokens
 
@@ -12,7 +12,7 @@ Prompt = str | list[dict]
 
 
 def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Breaks up every special token of `tokenizer` that stands literally in `text`, so that it stays text.
+    """Breaks up every special token of `tokenizer` that stands literally in `text`, so that it remains text.
 
     A zero-width space (U+200B) goes in after the first character: `<|im_end|>` then tokenizes as the characters that a
     reader sees, never as the control token. Text without such literals is returned unchanged.
@@ -70,22 +70,23 @@ def _num_bytes(prompt: Prompt) -> int:
     return total
 
 
-def prompt_token_counter(
-    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict, tools: list[Callable] | None
-) -> Callable[[Sequence[Prompt]], list[int]]:
-    """A function from prompts to their lengths in tokens, as the trainer will tokenize them."""
-
-    def count(prompts: Sequence[Prompt]) -> list[int]:
-        if is_conversational({"prompt": prompts[0]}):
-            escaped = [escape_messages(prompt, tokenizer) for prompt in prompts]
-            encoded = tokenizer.apply_chat_template(
-                escaped, tools=tools or None, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
-            )
-        else:
-            encoded = tokenizer(list(prompts))
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    return count
+def num_prompt_tokens(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    tools: Sequence[Callable] | None = None,
+) -> int:
+    """Tokens of a prompt as the trainer tokenizes it, with the chat template and its generation prompt."""
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    encoded = tokenizer.apply_chat_template(
+        escape_messages(prompt, tokenizer),
+        tools=list(tools) if tools else None,
+        add_generation_prompt=True,
+        return_dict=True,
+        **(chat_template_kwargs or {}),
+    )
+    return len(encoded["input_ids"])
 
 
 def num_row_tokens(prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:

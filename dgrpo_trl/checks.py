@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
 from trl import SFTConfig
 
-from .chat import Prompt, max_num_tokens, num_row_tokens, prompt_token_counter
+from .chat import Prompt, max_num_tokens, num_prompt_tokens, num_row_tokens
 from .config import DGRPOConfig
 from .data_loading import column_problems
 from .models import Models
@@ -91,9 +91,12 @@ def run_findings(
         if models.teacher_vocab is None:
             warnings.append("The loaded teacher has no tokenizer: its token ids are taken to be the student's.")
     if args.use_vllm:
-        doubts = sampler_scaling_problems(models.student, models.stored_student)
-        (problems if args.vllm_mode == "colocate" else warnings).extend(doubts)
-    count_tokens = prompt_token_counter(models.tokenizer, args.chat_template_kwargs or {}, tools)
+        found = sampler_scaling_problems(models.student, models.stored_student)
+        (problems if args.vllm_mode == "colocate" else warnings).extend(found)  # a server may be set up by hand
+
+    def count_tokens(prompt: Prompt) -> int:
+        return num_prompt_tokens(prompt, models.tokenizer, args.chat_template_kwargs, tools)
+
     for dataset in datasets.values():
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             for reader in _readers(args, models, dataset):
@@ -165,8 +168,8 @@ class _Reader:
 def _readers(args: DGRPOConfig, models: Models, dataset: Dataset) -> list[_Reader]:
     readers = []
     for name, positions in models.positions().items():
-        has_own = name == "the teacher" and args.teacher_prompt_column in dataset.column_names
-        column = args.teacher_prompt_column if has_own else "prompt"
+        own = args.teacher_prompt_column if name == "the teacher" else None
+        column = own if own is not None and own in dataset.column_names else "prompt"
         if positions is not None:
             readers.append(_Reader(name, column, positions))
     if args.use_vllm and args.vllm_max_model_length is not None:
@@ -177,7 +180,7 @@ def _readers(args: DGRPOConfig, models: Models, dataset: Dataset) -> list[_Reade
 def prompt_length_problems(
     dataset: Dataset,
     reader: _Reader,
-    count_tokens: Callable[[Sequence[Prompt]], list[int]],
+    count_tokens: Callable[[Prompt], int],
     max_completion_length: int,
 ) -> list[str]:
     """A problem if prompts, each with the longest completion, have more tokens than `reader` takes.
@@ -188,7 +191,7 @@ def prompt_length_problems(
         reader ([`_Reader`]):
             Who reads them.
         count_tokens (`Callable`):
-            Maps prompts to their lengths in tokens.
+            Maps a prompt to its length in tokens.
         max_completion_length (`int`):
             Longest completion, in tokens.
     """
@@ -197,7 +200,7 @@ def prompt_length_problems(
     if reader.column != "prompt":
         prompts = [prompt if own is None else own for own, prompt in zip(prompts, dataset["prompt"], strict=True)]
     sizes = [max_num_tokens(prompt) for prompt in prompts]
-    found = _rows_over(budget, sizes, lambda i: count_tokens([prompts[i]])[0])
+    found = _rows_over(budget, sizes, lambda i: count_tokens(prompts[i]))
     if found is None:
         return []
     rows, longest = found

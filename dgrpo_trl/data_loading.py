@@ -4,17 +4,20 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_rows(
     name_or_path: str, config: str | None = None, split: str = "train", streaming: bool = False
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Reads a JSONL or Parquet file, a folder of them or of `Dataset.save_to_disk`, or a data set of the Hub.
 
     Args:
@@ -55,7 +58,7 @@ def load_rows(
         ) from error
 
 
-def _load_folder(folder: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_folder(folder: Path, split: str, streaming: bool) -> AnyDataset:
     """The files of a split, as `datasets` finds them by their names and folders.
 
     They are named one by one: for a folder with a card that names its files, the cache of `datasets` (5.2) knows the

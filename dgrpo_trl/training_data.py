@@ -4,18 +4,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
-from .chat import escape_messages, num_row_tokens, prompt_token_counter
-from .data_loading import load_rows, require_columns
+from .chat import escape_messages, num_row_tokens
+from .data_loading import AnyDataset, load_rows, require_columns
 from .longblocks import load_conversations, load_longblocks, mix_short_and_long, split_by_id
+from .longblocks.read.rows import TokenBudget
 
 
 logger = logging.getLogger(__name__)
-
-AnyDataset = Dataset | IterableDataset
 
 
 @dataclass
@@ -187,9 +186,8 @@ class _Reader:
     def _within_budget(self, rows: AnyDataset) -> AnyDataset:
         if self.args.max_prompt_tokens is None:
             return rows
-        count = prompt_token_counter(self.tokenizer, self.chat_template_kwargs, None)
-        max_tokens = self.args.max_prompt_tokens
-        return self._filtered(rows, lambda row: count([row["prompt"]])[0] <= max_tokens, "prompt_too_long")
+        budget = TokenBudget(self.tokenizer, None, self.args.max_prompt_tokens, self.chat_template_kwargs)
+        return self._filtered(rows, lambda row: budget.reason(row["prompt"]) is None, "prompt_too_long")
 
     def _with_completion(self, rows: AnyDataset) -> AnyDataset:
         if self.completion_column is None:

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.chat import prompt_token_counter
+from dgrpo_trl.chat import num_prompt_tokens
 from dgrpo_trl.data_loading import DropCounts
 from dgrpo_trl.longblocks import BookCache, load_conversations, load_longblocks, mix_short_and_long, split_by_id
 from dgrpo_trl.longblocks.read.books import missing_documents
@@ -189,7 +189,7 @@ def test_a_set_of_which_no_row_stays_has_the_columns_of_one_that_has_rows():
 def test_the_token_budget_holds_at_its_edges(tokenizer, document, streaming):
     rows = Dataset.from_list([row(document=document)])
     (kept,) = load_longblocks(rows, tokenizer=tokenizer)
-    length = prompt_token_counter(tokenizer, {}, None)([kept["prompt"]])[0]
+    length = num_prompt_tokens(kept["prompt"], tokenizer)
     rendered = tokenizer.apply_chat_template(kept["prompt"], add_generation_prompt=True, tokenize=False)
     assert length == len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     bounds = {(0, length): 1, (0, length - 1): 0, (length, length): 1, (length + 1, None): 0, (length, None): 1}
@@ -201,7 +201,7 @@ def test_the_token_budget_holds_at_its_edges(tokenizer, document, streaming):
 
 
 def test_a_prompt_that_fits_by_its_bytes_is_not_tokenised(tokenizer, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.longblocks.read.rows.prompt_token_counter", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("dgrpo_trl.longblocks.read.rows.num_prompt_tokens", lambda *_: pytest.fail("tokenized"))
     num_bytes = len(f"{DOCUMENT}\n\nHow many wheels?".encode())
     rows = Dataset.from_list([row()])
     assert len(load_longblocks(rows, tokenizer=tokenizer, max_prompt_tokens=num_bytes + 512)) == 1
@@ -369,7 +369,7 @@ def test_conversations_become_rows_of_the_same_form_and_bad_ones_leave_with_a_re
 def test_the_budget_holds_for_conversations(tokenizer):
     messages = [*user("word " * 300), {"role": "assistant", "content": "ok"}]
     rows = Dataset.from_list([{"messages": messages}])
-    length = prompt_token_counter(tokenizer, {}, None)([messages[:1]])[0]
+    length = num_prompt_tokens(messages[:1], tokenizer)
     assert len(load_conversations(rows, tokenizer=tokenizer, max_prompt_tokens=length)) == 1
     assert len(load_conversations(rows, tokenizer=tokenizer, max_prompt_tokens=length - 1)) == 0
 

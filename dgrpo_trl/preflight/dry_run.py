@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..chat import num_row_tokens, prompt_token_counter
+from ..chat import num_prompt_tokens, num_row_tokens
 from ..checks import run_findings, supervised_problems
 from ..config import DGRPOConfig
 from ..models import Models, read_models
@@ -169,8 +169,10 @@ class Preflight:
     def _prompt_lengths(self, column: str, reader: str) -> list[int]:
         """Reports the lengths of the prompts that `reader` reads, in tokens, and returns them sorted."""
         chosen, sample = _sample(self.dataset, column)
-        count = prompt_token_counter(self.models.tokenizer, self.args.chat_template_kwargs or {}, None)
-        lengths = sorted(count([prompt])[0] for prompt in chosen if prompt is not None) or [0]
+        tokenizer, kwargs = self.models.tokenizer, self.args.chat_template_kwargs
+        lengths = sorted(num_prompt_tokens(prompt, tokenizer, kwargs) for prompt in chosen if prompt is not None) or [
+            0
+        ]
         self._adder("Lengths in tokens")(
             f"`{column}`, read by {reader}",
             f"least {lengths[0]:,}, median {lengths[len(lengths) // 2]:,}, "
@@ -284,7 +286,8 @@ class Preflight:
 
     def _row_lengths(self) -> tuple[list[int], str]:
         rows, sample = _sample(self.dataset, "prompt", "completion")
-        return [num_row_tokens(*row, self.models.tokenizer) for row in rows] or [0], sample
+        tokenizer = self.models.tokenizer
+        return [num_row_tokens(prompt, completion, tokenizer) for prompt, completion in rows] or [0], sample
 
     def _adder(self, section: str) -> Callable[[str, str], None]:
         return lambda name, value: self.report.add(section, name, value)

@@ -102,10 +102,10 @@ def _parse_engine(values: dict[str, Any]) -> Engine:
 
 
 def _zero_settings(config: dict[str, Any]) -> tuple[int, str | None, str | None]:
-    """Stage of ZeRO, and where optimizer and parameters are offloaded to."""
+    """Stage of ZeRO, and the devices that optimizer and parameters are offloaded to."""
     if "deepspeed_config_file" not in config:
-        devices = (config.get(f"offload_{name}_device") for name in ("optimizer", "param"))
-        return int(config.get("zero_stage", 2)), *devices
+        stage = int(config.get("zero_stage", 2))
+        return stage, config.get("offload_optimizer_device"), config.get("offload_param_device")
     zero = json.loads(Path(config["deepspeed_config_file"]).read_text(encoding="utf-8")).get("zero_optimization", {})
-    devices = ((zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param"))
-    return int(zero.get("stage", 0)), *devices
+    optimizer, param = ((zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param"))
+    return int(zero.get("stage", 0)), optimizer, param

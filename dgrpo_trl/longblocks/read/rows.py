@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from ...chat import escape_messages, prompt_token_counter
-from ...data_loading import DropCounts, load_rows
+from ...chat import Prompt, escape_messages, max_num_tokens, num_prompt_tokens
+from ...data_loading import DropCounts, load_rows, require_columns
 
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ Messages = list[dict[str, str]]
 
 MESSAGES_FEATURE = [{"role": Value("string"), "content": Value("string")}]
 _REASON = "drop_reason"
-# A prompt has no more tokens than bytes, plus those of the chat template, which are never so many without tools
-_MAX_TEMPLATE_TOKENS = 512
 # Rows are long: more of them at a time would fill the memory
 ROWS_IN_MEMORY = 64
 _MISSING_DOCUMENTS = (
@@ -78,16 +76,16 @@ class TokenBudget:
             return messages
         return escape_messages(messages, self.tokenizer)
 
-    def reason(self, messages: Messages) -> str | None:
-        """Why the prompt may not stay. Only one that its size in bytes does not decide is tokenised."""
-        if self.min_tokens is None and self.max_tokens is None:
+    def reason(self, prompt: Prompt) -> str | None:
+        """Why the prompt may not stay. Only one that its size in bytes does not decide is tokenized."""
+        if self.tokenizer is None or (self.min_tokens is None and self.max_tokens is None):
             return None
-        at_most = sum(len(message["content"].encode()) for message in messages) + _MAX_TEMPLATE_TOKENS
-        if self.min_tokens is None and at_most <= self.max_tokens:
+        at_most = max_num_tokens(prompt)
+        if self.min_tokens is None and self.max_tokens is not None and at_most <= self.max_tokens:
             return None
         if self.min_tokens is not None and at_most < self.min_tokens:
             return "prompt_too_short"
-        num_tokens = prompt_token_counter(self.tokenizer, self.chat_template_kwargs, None)([messages])[0]
+        num_tokens = num_prompt_tokens(prompt, self.tokenizer, self.chat_template_kwargs)
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return "prompt_too_short"
         return "prompt_too_long" if self.max_tokens is not None and num_tokens > self.max_tokens else None
@@ -111,12 +109,13 @@ def check_columns(rows: Dataset | IterableDataset, names: Iterable[str]) -> None
             "The columns of this stream are not known. They decide what the training rows hold. State the `features` "
             "in the last `map` that made the stream."
         )
-    missing = sorted(set(names) - set(rows.features))
-    if missing:
-        raise ValueError(
-            f"The data set has no column {missing}; its columns are {sorted(rows.features)}. Training rows are made "
-            "from them. Rename yours, or name another `completion_column`."
-        )
+    require_columns(
+        rows.features,
+        names,
+        "The data set",
+        "Training rows are made from them.",
+        "Rename yours, or name another `completion_column`.",
+    )
 
 
 def select_and_map(
