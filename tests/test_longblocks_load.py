@@ -230,7 +230,7 @@ def test_braces_in_documents_and_templates_are_text():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"completion_column": "response_x"}, r"no column \['response_x'\]"),
+        ({"completion_column": "response_x"}, "no column 'response_x'"),
         ({"max_prompt_tokens": 9}, "`max_prompt_tokens` is 9, but there is no `tokenizer`"),
         ({"prompt_template": "{document}"}, r"`prompt_template` has the fields \['document'\]"),
         ({"prompt_template": "{document} {question} {}"}, r"has the fields \['', 'document', 'question'\]"),
