@@ -207,6 +207,8 @@ class _Projection:
 
 @dataclass(frozen=True)
 class _Teacher:
+    """The teacher's side, and its head on tiles."""
+
     side: TeacherSide
     projection: _Projection
 

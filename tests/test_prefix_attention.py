@@ -317,6 +317,12 @@ def test_a_kernel_that_is_wrong_is_not_used(table):
         choose_kernel("torch", CPU, torch.float32, 8)
 
 
+def test_a_backend_is_added_by_its_line_in_the_table(table):
+    table("mine", lambda device, dtype, head_dim: MathKernel(max_scores=64))
+    check_backend("mine")
+    assert choose_kernel("mine", CPU, torch.float32, 8).max_scores == 64
+
+
 def test_auto_warns_once_which_faster_backends_are_missing(table, caplog):
     def missing(*args):
         raise ImportError("flash-attn is not installed")

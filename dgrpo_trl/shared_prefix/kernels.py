@@ -373,11 +373,11 @@ BACKEND_CHOICES = ("auto", *BACKENDS)
 
 def check_backend(name: str) -> None:
     """Raises a `ValueError` if `name` is no choice of `shared_prefix_backend`."""
-    if name not in BACKEND_CHOICES:
+    if name not in ("auto", *BACKENDS):
         hint = "FlashAttention 2 is built into PyTorch: set 'torch'. " if name == "flash_attention_2" else ""
         raise ValueError(
-            f"`shared_prefix_backend` is {name!r}, which is not known. {hint}Choose one of "
-            f"{', '.join(BACKEND_CHOICES)}."
+            f"`shared_prefix_backend` is {name!r}, which is not known. {hint}Choose one of auto, "
+            f"{', '.join(BACKENDS)}."
         )
 
 

@@ -78,11 +78,12 @@ class PackedRollouts:
             Of each prompt all tokens but the last, then, for each of its completions, that last token and the
             completion without its own last token, which predicts nothing.
         position_ids (`torch.Tensor` of shape `(1, L)`):
-            Places in the unpacked rows.
+            Positions in the unpacked rows.
         layout (`PrefixLayout`):
             Where prompts and completions lie.
         state_index (`torch.Tensor` of shape `(N,)`):
-            For each of the N completion tokens that are scored, row after row, the place whose state predicts it.
+            For each of the N completion tokens that are scored, row after row, the place in the packed row whose state
+            predicts it.
         token_weights (`torch.Tensor` of shape `(1, L)`):
             How many of the unpacked rows a token stands for: float, the number of branches for those of a prompt.
     """
@@ -108,7 +109,7 @@ def unpadded(input_ids: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def prompt_keys(prompts: Sequence[Tensor]) -> list[bytes]:
-    """One key a prompt, the same for the same prompt; `prompts` are 1D, on the CPU."""
+    """One key per prompt, the same for the same prompt; `prompts` are 1D, on the CPU."""
     return [prompt.numpy().tobytes() for prompt in prompts]
 
 
@@ -135,7 +136,7 @@ def pack(
             Run also what predicts nothing: the last token of each completion, and rows without a token to score. A
             mixture of experts counts these tokens in its load-balancing loss.
         backend (`str`, *optional*, defaults to `"auto"`):
-            Of the attention.
+            See [`~shared_prefix.choose_kernel`].
 
     Returns:
         [`PackedRollouts`]
@@ -195,11 +196,11 @@ def split_by_tokens(
         prompt_lengths (`Sequence[int]`), completion_lengths (`Sequence[int]`):
             Of each row, in tokens.
         keys (`Sequence[Hashable]`):
-            Of each row's prompt: a part counts a prompt once.
+            Of each row's prompt: a part counts a prompt once, however many of its rows hold it.
         max_rows (`int`):
-            Rows a part.
+            Rows per part.
         max_tokens (`int`, *optional*):
-            Tokens a part. A row that is longer makes a part of its own.
+            Tokens per part. A longer row is a part of its own.
         row_length (`int`, *optional*):
             Of the padded rows, where prompts are not shared: then each row counts with this many tokens.
 

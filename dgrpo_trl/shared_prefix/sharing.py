@@ -184,11 +184,9 @@ def _unshareable_reason(cache: Any, generation_config: GenerationConfig, model_k
 class ExactnessCheck:
     """Compares packed with plain forwards of one model while it trains: the second line of defense.
 
-    The first is [`unsupported_reason`].
-
-    It runs two rollouts of one prompt both ways, on the first batch that has two and whenever the longest has doubled:
-    a window, for instance, shows only in rows that are longer. All ranks take part, whatever their own batch holds,
-    and come to the same result.
+    The first is [`unsupported_reason`]. The check runs two rollouts of one prompt both ways, on the first batch that
+    has two and whenever the longest has doubled: a window, for instance, shows only in rows that are longer. All ranks
+    take part, with as many forwards whatever their own batch holds, and come to the same result.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
