@@ -1,11 +1,16 @@
-"""`DGRPOConfig`: TRL's `GRPOConfig` and the few fields that dGRPO adds."""
+"""Every key of a training recipe that is not TRL's: those of the trainer, of the data, and of the dry run.
+
+TRL's own are the fields of `GRPOConfig` or `SFTConfig`, `ModelConfig` and `ScriptArguments`.
+"""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import GRPOConfig
+from transformers import TrainingArguments
+from trl import GRPOConfig, ScriptArguments, SFTConfig
 
+from .gpus import GPUS
 from .losses import DIVERGENCES
 from .shared_prefix import BACKEND_CHOICES, check_backend
 
@@ -34,12 +39,12 @@ class DGRPOConfig(GRPOConfig):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its `dtype` and its
             `attn_implementation` default to the student's.
         teacher_prompt_column (`str`, *optional*, defaults to `"teacher_prompt"`):
-            Column of the data set with a prompt for the teacher's eyes only. Where a row has one, the teacher scores
+            Column of the data set with a prompt that only the teacher reads. Where a row has one, the teacher scores
             the student's completion under it; elsewhere, and always if this is `None`, it reads the student's prompt,
             which is the paper's method.
         teacher_offload (`str`, *optional*):
             `"cpu"` keeps the teacher, each rank's shard of it under ZeRO-3, in the memory of the host while it has
-            nothing to score: the student then has the device to itself. Costs two copies a generation batch.
+            nothing to score: the student then has the device to itself. Costs two copies per generation batch.
 
         > Parameters that control the distillation
 
@@ -48,7 +53,7 @@ class DGRPOConfig(GRPOConfig):
             teacher.
         distill_divergence (`str`, *optional*, defaults to `"reverse_kl"`):
             Divergence at every completion token, over the whole vocabulary: `"reverse_kl"` is KL(student || teacher),
-            the paper's; `"forward_kl"` is KL(teacher || student); `"jsd"` is the generalised Jensen-Shannon
+            the paper's; `"forward_kl"` is KL(teacher || student); `"jsd"` is the generalized Jensen-Shannon
             divergence.
         distill_jsd_mixture (`float`, *optional*, defaults to `0.5`):
             Weight of the teacher in the mixture of `"jsd"`, between 0 and 1.
@@ -79,8 +84,8 @@ class DGRPOConfig(GRPOConfig):
         > Parameters that control what happens when something fails
 
         max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimiser step whose loss or gradient is NaN or infinite is skipped, and its rows are reported. After so
-            many in a row, training stops.
+            An optimizer step whose loss or gradient is NaN or infinite is skipped, and its rows are reported. After
+            this many consecutive ones, training stops.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -165,7 +170,7 @@ class DGRPOConfig(GRPOConfig):
     # Parameters that control what happens when something fails
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Stop after so many optimiser steps in a row with a NaN or infinite loss or gradient."},
+        metadata={"help": "Stop after this many consecutive optimizer steps with a NaN or infinite loss or gradient."},
     )
 
     def __post_init__(self):
@@ -175,7 +180,7 @@ class DGRPOConfig(GRPOConfig):
         if not (math.isfinite(self.distill_coef) and self.distill_coef >= 0):
             raise ValueError(
                 f"`distill_coef` must be a finite number >= 0, got {self.distill_coef}. It weighs a divergence to be "
-                "minimised. Set it to 0 to train with plain GRPO."
+                "minimized. Set it to 0 to train with plain GRPO."
             )
         if self.distill_divergence not in DIVERGENCES:
             raise ValueError(
@@ -200,8 +205,8 @@ class DGRPOConfig(GRPOConfig):
             )
         if self.max_nonfinite_steps < 1:
             raise ValueError(
-                f"`max_nonfinite_steps` must be at least 1, got {self.max_nonfinite_steps}. Training stops after so "
-                "many failed steps in a row. Set it to 1 to stop at the first."
+                f"`max_nonfinite_steps` must be at least 1, got {self.max_nonfinite_steps}. Training stops after "
+                "this many consecutive failed steps. Set it to 1 to stop at the first."
             )
         if self.teacher_offload not in (None, "cpu"):
             raise ValueError(
@@ -212,3 +217,119 @@ class DGRPOConfig(GRPOConfig):
                 "`log_heatmaps` is set, but `distill_coef` is 0, so there is no teacher to disagree. Set "
                 "`log_heatmaps: false`, or give a teacher."
             )
+
+
+# --- The commands
+
+
+@dataclass
+class LongBlocksArguments(ScriptArguments):
+    """
+    TRL's script arguments, and what the paper's recipe does to the data: a budget of tokens, short rows mixed in,
+    books restored from the reader's copy.
+
+    `dataset_name` is a file, a folder or a Hub id. Its rows have the columns of LongBlocks (`id`, `document`,
+    `question`, `answer`), or a `prompt`.
+    """
+
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt, in tokens of the student with its chat template. Longer rows are left out."
+        },
+    )
+    short_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Short conversations to mix in: file, folder or Hub id, with a column `messages`."},
+    )
+    short_dataset_split: str = field(default="train", metadata={"help": "Split of the short conversations."})
+    short_share: float = field(
+        default=0.1, metadata={"help": "Share of short rows, below 1; the paper's is 0.1. 0 mixes none in."}
+    )
+    test_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the documents that is held out for evaluation, by a hash of their id; 0 takes "
+            "`dataset_test_split` instead."
+        },
+    )
+    books: str | None = field(
+        default=None,
+        metadata={"help": "Institutional Books, where rows of LongBlocks have no document: Hub id or local copy."},
+    )
+    books_cache: str | None = field(
+        default=None, metadata={"help": "File that keeps the books found, so that the collection is read once."}
+    )
+
+
+@dataclass
+class PreflightArguments:
+    """The dry run of a training command."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Only check and estimate: lengths, positions, batches, memory and hours, without weights or GPU."
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Configuration that the run will be launched with, for `dry_run`."}
+    )
+    gpu: str = field(
+        default="h100-80gb", metadata={"help": "GPU to estimate for, for `dry_run`.", "choices": sorted(GPUS)}
+    )
+    mfu: float = field(
+        default=0.4, metadata={"help": "Share of the GPU's peak that training reaches, for `dry_run`; in (0, 1]."}
+    )
+
+    def __post_init__(self):
+        if self.gpu not in GPUS:
+            raise ValueError(f"`gpu` is {self.gpu!r}, which is not known. Choose one of {', '.join(sorted(GPUS))}.")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"`mfu` is {self.mfu}. It is a share of the peak. Choose one in (0, 1], such as 0.4.")
+
+
+@dataclass
+class TrainingRunArguments(LongBlocksArguments, PreflightArguments):
+    """The data and the dry run, of every training command."""
+
+    def data_options(self, training_args: TrainingArguments) -> dict[str, Any]:
+        """Arguments of [`~training_data.load_training_data`] that only this command has."""
+        raise NotImplementedError
+
+
+@dataclass
+class DGRPOScriptArguments(TrainingRunArguments):
+    """The data, the rewards, and the dry run."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names from `dgrpo_trl.rewards` ('exact_match_reward', ...) or import paths "
+            "('trl.rewards.think_format_reward', 'my_rewards.mine'). None trains with the teacher alone."
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "Also reward with this model's verdict on open answers, asked at `judge_base_url`."},
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={"help": "URL of the judge's OpenAI-compatible server. The key is read from OPENAI_API_KEY."},
+    )
+
+    def data_options(self, training_args: DGRPOConfig) -> dict[str, Any]:
+        return {"chat_template_kwargs": training_args.chat_template_kwargs}
+
+
+@dataclass
+class SFTScriptArguments(TrainingRunArguments):
+    """The data, which column to learn, and the dry run."""
+
+    completion_column: str = field(
+        default="answer",
+        metadata={"help": "Column with the text to train on, for instance 'response_Qwen3.5-27B' of LongBlocks."},
+    )
+
+    def data_options(self, training_args: SFTConfig) -> dict[str, Any]:
+        return {"completion_column": self.completion_column, "max_length": training_args.max_length}

@@ -2,59 +2,19 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ScriptArguments
 
 from .chat import escape_messages, num_row_tokens
+from .config import LongBlocksArguments
 from .data_loading import AnyDataset, load_rows, require_columns
 from .longblocks import load_conversations, load_longblocks, mix_short_and_long, split_by_id
 from .longblocks.read.rows import TokenBudget
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LongBlocksArguments(ScriptArguments):
-    """
-    TRL's script arguments, and what the paper's recipe does to the data: a budget of tokens, short rows mixed in,
-    books put together from the reader's copy.
-
-    `dataset_name` is a file, a folder or a Hub id. Its rows have the columns of LongBlocks (`id`, `document`,
-    `question`, `answer`), or a `prompt`.
-    """
-
-    max_prompt_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest prompt, in tokens of the student with its chat template. Longer rows are left out."
-        },
-    )
-    short_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Short conversations to mix in: file, folder or Hub id, with a column `messages`."},
-    )
-    short_dataset_split: str = field(default="train", metadata={"help": "Split of the short conversations."})
-    short_share: float = field(
-        default=0.1, metadata={"help": "Share of short rows, below 1; the paper's is 0.1. 0 mixes none in."}
-    )
-    test_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the documents that is held out for evaluation, by a hash of their id; 0 takes "
-            "`dataset_test_split` instead."
-        },
-    )
-    books: str | None = field(
-        default=None,
-        metadata={"help": "Institutional Books, where rows of LongBlocks have no document: Hub id or local copy."},
-    )
-    books_cache: str | None = field(
-        default=None, metadata={"help": "File that keeps the books found, so that the collection is read once."}
-    )
 
 
 def load_training_data(

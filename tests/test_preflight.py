@@ -15,11 +15,11 @@ from transformers import AutoConfig, Qwen3Config
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOConfig
+from dgrpo_trl.config import PreflightArguments
 from dgrpo_trl.preflight import (
     GPUS,
     Engine,
     Gpu,
-    PreflightArguments,
     Shape,
     micro_batch_bytes,
     preflight,

@@ -15,8 +15,7 @@ from trl import ModelConfig, SFTConfig
 from dgrpo_trl import DGRPOConfig
 from dgrpo_trl.cli import train_dgrpo
 from dgrpo_trl.cli.arguments import parse_arguments
-from dgrpo_trl.cli.train_dgrpo import DGRPOScriptArguments
-from dgrpo_trl.cli.train_sft import SFTScriptArguments
+from dgrpo_trl.config import DGRPOScriptArguments, SFTScriptArguments
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.longblocks import load_config
 

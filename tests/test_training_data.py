@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 from test_longblocks_load import RESPONSE, our_row, row, write_jsonl
 
-from dgrpo_trl.training_data import LongBlocksArguments, load_training_data
+from dgrpo_trl.config import LongBlocksArguments
+from dgrpo_trl.training_data import load_training_data
 
 
 @pytest.fixture(autouse=True)

@@ -12,36 +12,10 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from ..config import DGRPOConfig
+from ..config import DGRPOConfig, DGRPOScriptArguments
 from ..run.training import train_to_the_end
-from .training_run import TrainingRunArguments, prepare_run
-
-
-@dataclass
-class DGRPOScriptArguments(TrainingRunArguments):
-    """The data, the rewards, and the dry run."""
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: names from `dgrpo_trl.rewards` ('exact_match_reward', ...) or import paths "
-            "('trl.rewards.think_format_reward', 'my_rewards.mine'). None trains with the teacher alone."
-        },
-    )
-    judge_model: str | None = field(
-        default=None,
-        metadata={"help": "Also reward with this model's verdict on open answers, asked at `judge_base_url`."},
-    )
-    judge_base_url: str | None = field(
-        default=None,
-        metadata={"help": "URL of the judge's OpenAI-compatible server. The key is read from OPENAI_API_KEY."},
-    )
-
-    def data_options(self, training_args: DGRPOConfig) -> dict[str, Any]:
-        return {"chat_template_kwargs": training_args.chat_template_kwargs}
+from .training_run import prepare_run
 
 
 def load_reward_func(name: str) -> Callable:

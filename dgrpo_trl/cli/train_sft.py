@@ -8,26 +8,12 @@ a key that no argument matches is an error.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from trl import SFTConfig
 
+from ..config import SFTScriptArguments
 from ..run.training import train_to_the_end
-from .training_run import TrainingRunArguments, prepare_run
-
-
-@dataclass
-class SFTScriptArguments(TrainingRunArguments):
-    """The data, which column to learn, and the dry run."""
-
-    completion_column: str = field(
-        default="answer",
-        metadata={"help": "Column with the text to train on, for instance 'response_Qwen3.5-27B' of LongBlocks."},
-    )
-
-    def data_options(self, training_args: SFTConfig) -> dict[str, Any]:
-        return {"completion_column": self.completion_column, "max_length": training_args.max_length}
+from .training_run import prepare_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,21 +8,13 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..config import TrainingRunArguments
 from ..models import load_student_tokenizer
-from ..preflight import GPUS, PreflightArguments, preflight, read_engine, without_gpu
+from ..preflight import GPUS, preflight, read_engine, without_gpu
 from ..run.console import quiet_known_warnings
 from ..run.training import keep_run_id
-from ..training_data import AnyDataset, LongBlocksArguments, load_training_data
+from ..training_data import AnyDataset, load_training_data
 from .arguments import parse_arguments
-
-
-@dataclass
-class TrainingRunArguments(LongBlocksArguments, PreflightArguments):
-    """The data and the dry run, of every training command."""
-
-    def data_options(self, training_args: TrainingArguments) -> dict[str, Any]:
-        """Arguments of [`~training_data.load_training_data`] that only this command has."""
-        raise NotImplementedError
 
 
 Arguments = TypeVar("Arguments", bound=TrainingRunArguments)

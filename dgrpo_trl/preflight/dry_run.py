@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ..chat import num_prompt_tokens, num_row_tokens
 from ..checks import run_findings, supervised_problems
 from ..config import DGRPOConfig
+from ..gpus import Gpu
 from ..models import Models, read_models
 from ..positions import rope_scaling, stated_positions, trained_positions
 from ..shared_prefix import unsupported_reason
 from ..teacher import resolve_teacher
-from .engine import Engine, Gpu
+from .engine import Engine
 from .estimates import GIB, Estimates, Rows
 from .report import Report
 from .shape import Shape

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from ..config import DGRPOConfig
+from ..gpus import Gpu
 from ..losses import TILE_TOKENS
 from ..models import BASE_TEACHER, teacher_init_kwargs
-from .engine import Engine, Gpu
+from .engine import Engine
 from .shape import Shape
 
 
