@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 from trl.trainer.utils import get_config_model_id
 
 from .config import DGRPOConfig
@@ -47,7 +48,7 @@ class Models:
 def read_models(
     student: str | nn.Module,
     teacher: str | PreTrainedModel | None,
-    args: DGRPOConfig,
+    args: DGRPOConfig | SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Models:
     """Reads configurations and vocabularies.
@@ -55,7 +56,7 @@ def read_models(
     Args:
         student (`str` or `nn.Module`), teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Hub ids, paths, or loaded models; `"base"` for the student as its own teacher.
-        args ([`DGRPOConfig`]):
+        args ([`DGRPOConfig`] or [`~trl.SFTConfig`]):
             Revisions, and the positions that the models are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.

@@ -1,9 +1,7 @@
-"""The dry run: arithmetic by hand, parameters as counted on real models, and every problem that it is to find."""
+"""The dry run: arithmetic by hand, parameters as counted on real models, and the problems that it finds."""
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -15,6 +13,7 @@ from transformers import AutoConfig, Qwen3Config
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOConfig
+from dgrpo_trl.cli import train_dgrpo, train_sft
 from dgrpo_trl.config import PreflightArguments
 from dgrpo_trl.preflight import (
     GPUS,
@@ -66,7 +65,7 @@ def rows(num_rows=32, words=4):
     return Dataset.from_dict({"prompt": prompts, "answer": ["1"] * num_rows})
 
 
-def look(models, tokenizer, tmp_path, dataset=None, engine=None, gpu=None, peft_config=None, **options):
+def dry_run(models, tokenizer, tmp_path, dataset=None, engine=None, gpu=None, peft_config=None, **options):
     defaults = {
         "teacher_model_name_or_path": str(models / "teacher"),
         "per_device_train_batch_size": 8,
@@ -96,7 +95,7 @@ def section(report, name):
 
 
 def test_batches_are_those_of_the_engine(models, tokenizer, tmp_path):
-    report = look(models, tokenizer, tmp_path, num_train_epochs=3)
+    report = dry_run(models, tokenizer, tmp_path, num_train_epochs=3)
     batches = section(report, "Batches")
     assert batches["an optimizer step"] == "8 processes x 8 x 2 = 128 completions = 32 prompts x 4"
     assert batches["a generation batch"] == "128 completions in 2 micro-batches"
@@ -146,7 +145,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     ("engine", "options", "expected"),
-    [  # bytes a parameter of the student: weights, gradients, optimiser
+    [  # bytes per parameter of the student: weights, gradients, optimizer
         (Engine("zero3", 4), {}, (2 / 4, 2 / 4, 12 / 4)),
         (Engine("zero2", 4), {}, (2, 2 / 4, 12 / 4)),
         (Engine("ddp", 4), {}, (4, 4, 8)),
@@ -158,47 +157,47 @@ GIB = 2**30
     ],
     ids=str,
 )
-def test_bytes_a_parameter(models, tokenizer, tmp_path, engine, options, expected):
-    report = look(models, tokenizer, tmp_path, engine=engine, **options)
+def test_bytes_per_parameter(models, tokenizer, tmp_path, engine, options, expected):
+    report = dry_run(models, tokenizer, tmp_path, engine=engine, **options)
     number = Shape.of(AutoConfig.from_pretrained(models / "student")).num_parameters
     found = report.memory_gib["the student trains"]
     for name, per_parameter in zip(("weights", "gradients", "optimizer"), expected, strict=True):
         assert found.get(name, 0) * GIB == pytest.approx(per_parameter * number)
 
 
-def test_the_teacher_is_sharded_and_may_leave(models, tokenizer, tmp_path):
+def test_the_teacher_is_sharded_and_may_be_offloaded(models, tokenizer, tmp_path):
     number = Shape.of(AutoConfig.from_pretrained(models / "teacher")).num_parameters
 
     def teacher(phase, **options):
-        return look(models, tokenizer, tmp_path, **options).memory_gib[phase]["teacher"] * GIB
+        return dry_run(models, tokenizer, tmp_path, **options).memory_gib[phase]["teacher"] * GIB
 
     assert teacher("the student trains") == pytest.approx(2 * number / 8)
     assert teacher("the student trains", engine=Engine("zero2", 8)) == pytest.approx(2 * number)
-    away = teacher("the student trains", teacher_offload="cpu")
-    assert away == pytest.approx(2 * 48 * 320 / 8)  # the LM head stays
+    offloaded = teacher("the student trains", teacher_offload="cpu")
+    assert offloaded == pytest.approx(2 * 48 * 320 / 8)  # the LM head stays
     assert teacher("the teacher scores", teacher_offload="cpu") == pytest.approx(2 * number / 8)
 
 
 def test_an_adapter_has_small_gradients_and_its_base_teaches_for_nothing(models, tokenizer, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"])
-    report = look(models, tokenizer, tmp_path, peft_config=config, teacher_model_name_or_path="base")
+    report = dry_run(models, tokenizer, tmp_path, peft_config=config, teacher_model_name_or_path="base")
     memory = report.memory_gib["the student trains"]
     assert memory["gradients"] * GIB == pytest.approx(2 * 512 / 8) and "teacher" not in memory
 
 
 def test_sharing_a_prompt_saves_what_it_should(models, tokenizer, tmp_path):
     dataset = rows(words=1000)
-    shared = look(models, tokenizer, tmp_path, dataset)
-    plain = look(models, tokenizer, tmp_path, dataset, shared_prefix="off")
-    bounded = look(models, tokenizer, tmp_path, dataset, max_tokens_per_micro_batch=1)
+    shared = dry_run(models, tokenizer, tmp_path, dataset)
+    plain = dry_run(models, tokenizer, tmp_path, dataset, shared_prefix="off")
+    bounded = dry_run(models, tokenizer, tmp_path, dataset, max_tokens_per_micro_batch=1)
     sizes = [report.memory_gib["the student trains"]["activations"] for report in (plain, shared, bounded)]
     assert 3 < sizes[0] / sizes[1] < 4  # G = 4 completions, much shorter than the prompt
     assert sizes[2] < sizes[1]
     assert shared.step_seconds["plain"] > shared.step_seconds["shared"] > shared.step_seconds["decode"] > 0
 
 
-def test_what_does_not_fit_is_said_with_what_to_turn(models, tokenizer, tmp_path):
-    report = look(models, tokenizer, tmp_path, gpu=Gpu(0.001, 1, 1), engine=Engine("ddp", 2))
+def test_what_does_not_fit_is_reported_with_what_to_change(models, tokenizer, tmp_path):
+    report = dry_run(models, tokenizer, tmp_path, gpu=Gpu(0.001, 1, 1), engine=Engine("ddp", 2))
     (warning,) = report.warnings
     assert "exceeds the 0.0 that can be used" in warning and not report.problems
     order = ["max_tokens_per_micro_batch", "per_device_train_batch_size", "teacher_offload", "zero3.yaml", "LoRA"]
@@ -213,28 +212,28 @@ def test_what_does_not_fit_is_said_with_what_to_turn(models, tokenizer, tmp_path
 
 def test_long_prompts_need_positions_and_yarn_gives_them(models, tokenizer, tmp_path):
     dataset = rows(words=34_000)  # 34,000 tokens: within the 40,960 that are stated, beyond the 32,768 that are native
-    report = look(models, tokenizer, tmp_path, dataset)
+    report = dry_run(models, tokenizer, tmp_path, dataset)
     with pytest.raises(ValueError, match="more than the 32,768 positions of the student.*rope_type: yarn"):
         report.raise_for_problems()
-    report = look(models, tokenizer, tmp_path, dataset, model_init_kwargs=YARN, teacher_model_init_kwargs=YARN)
+    report = dry_run(models, tokenizer, tmp_path, dataset, model_init_kwargs=YARN, teacher_model_init_kwargs=YARN)
     report.raise_for_problems()
     assert "'factor': 4.0" in section(report, "Positions")["the teacher"]
 
 
 def test_student_and_teacher_should_scale_positions_alike(models, tokenizer, tmp_path):
-    report = look(models, tokenizer, tmp_path, model_init_kwargs=YARN)
+    report = dry_run(models, tokenizer, tmp_path, model_init_kwargs=YARN)
     (warning,) = report.warnings
     assert re.search("positions are scaled by .*yarn.*the teacher's by nothing", warning) and not report.problems
     other = {**YARN, "rope_parameters": {**YARN["rope_parameters"], "factor": 2.0}}
-    report = look(models, tokenizer, tmp_path, model_init_kwargs=YARN, teacher_model_init_kwargs=other)
+    report = dry_run(models, tokenizer, tmp_path, model_init_kwargs=YARN, teacher_model_init_kwargs=other)
     assert len(report.warnings) == 1
-    report = look(models, tokenizer, tmp_path, model_init_kwargs=YARN, teacher_model_init_kwargs=YARN)
+    report = dry_run(models, tokenizer, tmp_path, model_init_kwargs=YARN, teacher_model_init_kwargs=YARN)
     assert not report.warnings
 
 
 def test_vllm_must_see_the_positions_too(models, tokenizer, tmp_path):
     yarn = {"model_init_kwargs": YARN, "teacher_model_init_kwargs": YARN, "use_vllm": True}
-    report = look(models, tokenizer, tmp_path, **yarn)
+    report = dry_run(models, tokenizer, tmp_path, **yarn)
     with pytest.raises(ValueError, match="its own configuration says nothing, which is what vLLM reads"):
         report.raise_for_problems()
     AutoConfig.from_pretrained(models / "student", **YARN).save_pretrained(tmp_path / "saved")
@@ -249,7 +248,6 @@ def test_vllm_must_see_the_positions_too(models, tokenizer, tmp_path):
         ({"teacher_model_name_or_path": "short", "words": 100}, "more than the 64 positions of the teacher"),
         ({"teacher_model_name_or_path": "small_head"}, "Both must have a row for every id"),
         ({"use_vllm": True, "vllm_max_model_length": 40, "words": 100}, "more than `vllm_max_model_length` .40."),
-        ({"per_device_train_batch_size": 6, "engine": Engine("ddp", 3)}, "36 completions a step are no multiple|^$"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -258,17 +256,32 @@ def test_problems_are_found(models, tokenizer, tmp_path, options, match):
     dataset = rows(words=options.pop("words", 4))
     if "teacher_model_name_or_path" in options:
         options["teacher_model_name_or_path"] = str(models / options["teacher_model_name_or_path"])
-    report = look(models, tokenizer, tmp_path, dataset, **options)
-    if match.endswith("^$"):  # 36 is a multiple of 4, but its micro-batches of 6 are not
-        assert not report.problems and "groups are split over micro-batches" in report.warnings[0]
-        return
+    report = dry_run(models, tokenizer, tmp_path, dataset, **options)
     with pytest.raises(ValueError, match=match):
         report.raise_for_problems()
 
 
+def test_groups_that_micro_batches_split_are_warned_of(models, tokenizer, tmp_path):
+    options = {"per_device_train_batch_size": 6, "engine": Engine("ddp", 3)}  # 36 completions, micro-batches of 6
+    report = dry_run(models, tokenizer, tmp_path, **options)
+    assert not report.problems and "groups are split over micro-batches" in report.warnings[0]
+    assert not dry_run(models, tokenizer, tmp_path, **options, shared_prefix="off").warnings
+
+
+def test_a_generation_batch_needs_enough_rows(models, tokenizer, tmp_path):
+    report = dry_run(models, tokenizer, tmp_path, rows(31))
+    with pytest.raises(ValueError, match="has 31 rows, and a generation batch takes 32 prompts"):
+        report.raise_for_problems()
+
+
+def test_a_teacher_is_needed_as_in_training(models, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="there is no teacher"):
+        dry_run(models, tokenizer, tmp_path, teacher_model_name_or_path=None)
+
+
 def test_a_stream_is_refused(models, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="a stream has no end"):
-        look(models, tokenizer, tmp_path, rows().to_iterable_dataset())
+        dry_run(models, tokenizer, tmp_path, rows().to_iterable_dataset())
 
 
 # --- SFT
@@ -330,27 +343,39 @@ def test_bad_arguments_are_refused():
     assert without_gpu(["--dry_run"]) == ["--dry_run", "--use_cpu", "true"] and without_gpu(["a"]) == ["a"]
 
 
-@pytest.mark.parametrize("script", ["train_dgrpo", "train_sft"])
-def test_a_dry_run_of_a_recipe_needs_no_weights(models, tmp_path, script):
-    rows().to_parquet(tmp_path / "rows.parquet")
-    method = script.removeprefix("train_")
-    command = [
-        *(sys.executable, str(ROOT / "scripts" / f"{script}.py")),
-        *("--config", str(ROOT / "recipes" / "qwen3-1.7b" / method / "32k.yaml"), "--short_share", "0"),
-        *("--model_name_or_path", str(models / "student"), "--dataset_name", str(tmp_path / "rows.parquet")),
-        *(["--teacher_model_name_or_path", str(models / "teacher")] if method == "dgrpo" else []),
-        *("--dry_run", "--accelerate_config", str(ROOT / "recipes" / "accelerate_configs" / "zero3.yaml")),
-    ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "8 processes x" in result.stdout and "hours of the run" in result.stdout
+@pytest.mark.parametrize("command", [train_dgrpo, train_sft], ids=["train_dgrpo", "train_sft"])
+def test_a_dry_run_of_a_recipe_needs_no_weights(models, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    rows().to_parquet("rows.parquet")
+    method = "sft" if command is train_sft else "dgrpo"
+    command.main(
+        [
+            *("--config", str(ROOT / "recipes" / "qwen3-1.7b" / method / "32k.yaml"), "--short_share", "0"),
+            *("--model_name_or_path", str(models / "student"), "--dataset_name", "rows.parquet"),
+            *(["--teacher_model_name_or_path", str(models / "teacher")] if method == "dgrpo" else []),
+            *("--dry_run", "--accelerate_config", str(ROOT / "recipes" / "accelerate_configs" / "zero3.yaml")),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "8 processes x" in printed and "hours of the run" in printed
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_student_that_is_not_there_is_named(tmp_path):
-    command = [
-        *(sys.executable, str(ROOT / "scripts" / "train_dgrpo.py"), "--dry_run"),
-        *("--config", str(ROOT / "recipes" / "qwen3-1.7b" / "dgrpo" / "32k.yaml")),
-    ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=None)
-    assert result.returncode != 0 and "The student 'outputs/qwen3-1.7b/sft/32k' cannot be read" in result.stderr
+def test_a_student_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "recipes" / "qwen3-1.7b" / "dgrpo" / "32k.yaml")
+    with pytest.raises(ValueError, match="The student 'outputs/qwen3-1.7b/sft/32k' cannot be read"):
+        train_dgrpo.main(["--dry_run", "--config", recipe])
+
+
+def test_sft_refuses_rows_beyond_the_positions(models, tmp_path):
+    rows(words=100).rename_column("answer", "response").to_parquet(tmp_path / "rows.parquet")
+    recipe = str(ROOT / "recipes" / "qwen3-1.7b" / "sft" / "32k.yaml")
+    with pytest.raises(ValueError, match="1 of 32 rows are too long: .* the 64 positions of the student"):
+        train_sft.main(
+            [
+                *("--config", recipe, "--short_share", "0", "--completion_column", "response", "--use_cpu", "true"),
+                *("--model_name_or_path", str(models / "short"), "--dataset_name", str(tmp_path / "rows.parquet")),
+                *("--output_dir", str(tmp_path / "out")),
+            ]
+        )
