@@ -183,7 +183,7 @@ class ChatClient:
         for reason, detail in self._cache.failures(request.key):  # of a run that was killed
             if reason not in CONTENT_REASONS:
                 raise RequestFailed(reason, detail)
-            self._raise_if_hopeless(Retryable(reason, detail), attempts)
+            self._raise_if_exhausted(Retryable(reason, detail), attempts)
         while True:
             await self._slots.acquire()
             try:
@@ -193,7 +193,7 @@ class ChatClient:
                 return completion
             except Retryable as failure:
                 self.stats.retries[failure.reason] += 1
-                self._raise_if_hopeless(failure, attempts)
+                self._raise_if_exhausted(failure, attempts)
                 wait_seconds = self._wait_seconds(failure, attempts)
                 if failure.reason == "rate_limited":  # the limit applies to all requests
                     self._slots.pause(wait_seconds)
@@ -202,7 +202,7 @@ class ChatClient:
                 self._slots.release()
             await asyncio.sleep(wait_seconds)
 
-    def _raise_if_hopeless(self, failure: Retryable, attempts: _Attempts) -> None:
+    def _raise_if_exhausted(self, failure: Retryable, attempts: _Attempts) -> None:
         """Ends a request that has failed too often, unless it is the server that fails, and not the request."""
         attempts.num_failed += 1
         if failure.is_unavailable:

@@ -44,7 +44,7 @@ class ServerConfig(StrictModel):
         "runs with a reasoning parser; `none` leaves the form to the prompt.",
     )
     temperature: float | None = Field(None, ge=0, description="Sampling temperature. Default: the server's.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus of sampling. Default: the server's.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling. Default: the server's.")
     seed: int | None = Field(None, description="Seed of sampling; repeated draws add to it. Default: not sent.")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="More keys of the request: `top_k`, ...")
 
