@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import build_model
 from datasets import Dataset
+from safetensors.torch import load_file
 from test_recipes import CONFIGS, ROOT
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,8 @@ from dgrpo_trl.cli import train_dgrpo, train_sft
 
 FLAGS = [
     *("--per_device_train_batch_size", "4", "--max_steps", "2", "--learning_rate", "0.01", "--optim", "sgd"),
-    *("--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true", "--warmup_steps", "0"),
+    *("--gradient_accumulation_steps", "2", "--bf16", "false", "--use_cpu", "true", "--warmup_steps", "0"),
+    *("--disable_tqdm", "true"),
 ]
 
 
@@ -50,40 +52,16 @@ def weights(path):
     return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
-def test_train_dgrpo_writes_a_model_and_its_log(student, saved_teacher, rows, tmp_path):
-    output = tmp_path / "out"
-    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
-    run("dgrpo", *flags, "--output_dir", str(output))
-    before, after = weights(student), weights(output)
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert log[0]["distill/divergence"] > 0 and "rewards/exact_match_reward/mean" in log[0]
-
-
 def test_train_dgrpo_resumes_from_the_last_checkpoint(student, saved_teacher, rows, tmp_path):
     flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", saved_teacher, "--dataset_name", rows]
-    flags += ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--lr_scheduler_type", "constant"]
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--lr_scheduler_type", "constant"]
     run("dgrpo", *flags, "--output_dir", str(tmp_path / "straight"))
     stopped = ["--output_dir", str(tmp_path / "stopped")]
-    run("dgrpo", *flags, *stopped, "--max_steps", "2")
+    run("dgrpo", *flags, *stopped, "--max_steps", "1")
     run("dgrpo", *flags, *stopped, "--resume_from_checkpoint", "true")
     straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
-
-
-def test_train_dgrpo_trains_an_adapter_with_its_base_as_teacher(student, rows, tmp_path):
-    output = tmp_path / "out"
-    flags = ["--model_name_or_path", student, "--teacher_model_name_or_path", "base", "--dataset_name", rows]
-    run("dgrpo", *flags, "--use_peft", "--lora_target_modules", "all-linear", "--output_dir", str(output))
-    assert (output / "adapter_model.safetensors").exists() and not (output / "model.safetensors").exists()
-
-
-def test_train_sft_learns_the_answers(student, rows, tmp_path):
-    output = tmp_path / "out"
-    run("sft", "--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output))
-    before, after = weights(student), weights(output)
-    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_train_sft_names_a_missing_column(student, rows, tmp_path):
@@ -98,15 +76,24 @@ CPU_RECIPES = [path for path in CONFIGS if "use_cpu: true" in path.read_text()]
 def test_every_recipe_for_the_cpu_runs(path, student, saved_teacher, rows, tmp_path):
     output = tmp_path / "out"
     flags = ["--model_name_or_path", student, "--dataset_name", rows, "--output_dir", str(output)]
-    if yaml.safe_load(path.read_text()).get("teacher_model_name_or_path", "base") != "base":
+    teacher = yaml.safe_load(path.read_text()).get("teacher_model_name_or_path")
+    if teacher not in (None, "base"):
         flags += ["--teacher_model_name_or_path", saved_teacher]
     run_recipe(path, *flags)
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    logged = {name for entry in state["log_history"] for name in entry}
+    logged = {name: value for entry in state["log_history"] for name, value in entry.items()}
     assert ("distill/divergence" in logged) == (path.parent.name in ("dgrpo", "opd"))
-    assert ("reward" in logged) == (path.parent.name in ("dgrpo", "grpo"))
-    assert (output / ("adapter_model.safetensors" if "lora" in path.read_text() else "model.safetensors")).exists()
+    assert ("rewards/exact_match_reward/mean" in logged) == (path.parent.name in ("dgrpo", "grpo"))
+    if "use_peft: true" in path.read_text():
+        assert not (output / "model.safetensors").exists()
+        adapter = load_file(output / "adapter_model.safetensors")
+        is_trained = any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # zero at the start
+    else:
+        before, after = weights(student), weights(output)
+        is_trained = any(not torch.equal(before[name], after[name]) for name in before)
+    if teacher != "base" and path.parent.name != "grpo":  # a random model earns no reward, and is its own base
+        assert is_trained and logged.get("distill/divergence", 1) > 0
 
 
 @pytest.mark.slow
