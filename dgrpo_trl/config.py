@@ -27,65 +27,9 @@ class DGRPOConfig(GRPOConfig):
     accepted and keep their meaning. In particular `beta` stays the coefficient of the KL to the *reference* model; the
     paper's beta, the weight of the teacher, is `distill_coef`.
 
-    Parameters:
-        > Parameters that control the teacher model
-
-        teacher_model_name_or_path (`str`, *optional*):
-            Hub id or path of the teacher. `"base"` makes the PEFT student with its adapter off the teacher, without a
-            second copy of the weights. May be given as the `teacher_model` argument of the trainer instead.
-        teacher_model_revision (`str`, *optional*):
-            Revision of the teacher: a branch, a tag or a commit.
-        teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its `dtype` and its
-            `attn_implementation` default to the student's.
-        teacher_prompt_column (`str`, *optional*, defaults to `"teacher_prompt"`):
-            Column of the data set with a prompt that only the teacher reads. Where a row has one, the teacher scores
-            the student's completion under it; elsewhere, and always if this is `None`, it reads the student's prompt,
-            which is the paper's method.
-        teacher_offload (`str`, *optional*):
-            `"cpu"` keeps the teacher, each rank's shard of it under ZeRO-3, in the memory of the host while it has
-            nothing to score: the student then has the device to itself. Costs two copies per generation batch.
-
-        > Parameters that control the distillation
-
-        distill_coef (`float`, *optional*, defaults to `0.5`):
-            Weight of the teacher term, added to the GRPO loss: the paper's beta. `0` is plain GRPO and needs no
-            teacher.
-        distill_divergence (`str`, *optional*, defaults to `"reverse_kl"`):
-            Divergence at every completion token, over the whole vocabulary: `"reverse_kl"` is KL(student || teacher),
-            the paper's; `"forward_kl"` is KL(teacher || student); `"jsd"` is the generalized Jensen-Shannon
-            divergence.
-        distill_jsd_mixture (`float`, *optional*, defaults to `0.5`):
-            Weight of the teacher in the mixture of `"jsd"`, between 0 and 1.
-
-        > Parameters that control the shared prefix
-
-        shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            Run each prompt of a micro-batch once for all its completions, in the student, the old policy, the
-            reference model, the teacher and the prefill of generation. `"auto"` does so for the models for which it is
-            exact, and logs where it is not; `"on"` raises where it is not; `"off"` runs every completion with a copy
-            of its prompt, as TRL does.
-        shared_prefix_backend (`str`, *optional*, defaults to `"auto"`):
-            Attention kernels of packed rows: `"flash_attention_3"` and `"flash_attention_4"` are packages, `"torch"`
-            what PyTorch is built with (FlashAttention 2 on CUDA), `"math"` plain matrix products. `"auto"` takes the
-            fastest that can be used, and warns where a faster one is missing.
-        max_tokens_per_micro_batch (`int`, *optional*):
-            Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the whole, the
-            memory that of a part, and the cost one more forward. Counts what is run: a shared prompt once, and
-            without sharing the padding too.
-
-        > Parameters that control what is logged
-
-        log_heatmaps (`bool`, *optional*, defaults to `False`):
-            Write one completion at each logging step to `output_dir/heatmaps`, as a page that shows at which tokens
-            the teacher disagreed: that of the largest mean divergence on the main process. Sent to wandb too, where
-            that is reported to.
-
-        > Parameters that control what happens when something fails
-
-        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimizer step whose loss or gradient is NaN or infinite is skipped, and its rows are reported. After
-            this many consecutive ones, training stops.
+    The text of each parameter is its `help`, which `--help` of the training command shows as well. They control, in
+    this order, the teacher model, the distillation, the shared prefix, what is logged, and what happens when a step
+    fails.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -93,7 +37,10 @@ class DGRPOConfig(GRPOConfig):
     # Parameters that control the teacher model
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or path of the teacher, or 'base' for the PEFT student with its adapter off."},
+        metadata={
+            "help": "Hub id or path of the teacher. 'base' makes the PEFT student with its adapter off the teacher, "
+            "without a second copy of the weights. The argument `teacher_model` of the trainer may be given instead."
+        },
     )
     teacher_model_revision: str | None = field(
         default=None,
@@ -102,21 +49,24 @@ class DGRPOConfig(GRPOConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its dtype and "
-            "attention implementation default to the student's."
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its `dtype` and its "
+            "`attn_implementation` default to the student's."
         },
     )
     teacher_prompt_column: str | None = field(
         default="teacher_prompt",
         metadata={
-            "help": "Data-set column with a prompt for the teacher alone. Rows without one, and all rows if this is "
-            "None, are scored under the student's prompt."
+            "help": "Column of the data set with a prompt that only the teacher reads. Where a row has one, the "
+            "teacher scores the student's completion under it; elsewhere, and always if this is None, it reads the "
+            "student's prompt, which is the paper's method."
         },
     )
     teacher_offload: str | None = field(
         default=None,
         metadata={
-            "help": "'cpu' keeps the teacher in the memory of the host while it has nothing to score.",
+            "help": "'cpu' keeps the teacher, under ZeRO-3 each rank's shard of it, in the memory of the host while "
+            "it has nothing to score: the student then has the device to itself. Costs two copies per generation "
+            "batch.",
             "choices": ["cpu"],
         },
     )
@@ -124,37 +74,51 @@ class DGRPOConfig(GRPOConfig):
     # Parameters that control the distillation
     distill_coef: float = field(
         default=0.5,
-        metadata={"help": "Weight of the teacher term added to the GRPO loss. No unit, >= 0; 0 is plain GRPO."},
+        metadata={
+            "help": "Weight of the teacher term, added to the GRPO loss: the paper's beta. No unit, >= 0; 0 is plain "
+            "GRPO and needs no teacher."
+        },
     )
     distill_divergence: str = field(
         default="reverse_kl",
         metadata={
-            "help": "Divergence between student and teacher at every completion token.",
+            "help": "Divergence between student and teacher at every completion token, over the whole vocabulary: "
+            "'reverse_kl' is KL(student || teacher), the paper's; 'forward_kl' is KL(teacher || student); 'jsd' is "
+            "the generalized Jensen-Shannon divergence.",
             "choices": list(DIVERGENCES),
         },
     )
     distill_jsd_mixture: float = field(
         default=0.5,
-        metadata={"help": "Weight of the teacher in the mixture of the Jensen-Shannon divergence, in (0, 1)."},
+        metadata={"help": "Weight of the teacher in the mixture of 'jsd', strictly between 0 and 1."},
     )
 
     # Parameters that control the shared prefix
     shared_prefix: str = field(
         default="auto",
         metadata={
-            "help": "Run each prompt once for all its completions: 'auto' (where exact), 'on' (or an error), 'off'.",
+            "help": "Run each prompt of a micro-batch once for all its completions, in the student, the old policy, "
+            "the reference model, the teacher and the prefill of generation. 'auto' does so for the models for which "
+            "it is exact, and logs where it is not; 'on' raises where it is not; 'off' runs every completion with a "
+            "copy of its prompt, as TRL does.",
             "choices": list(SHARED_PREFIX_MODES),
         },
     )
     shared_prefix_backend: str = field(
         default="auto",
-        metadata={"help": "Attention kernels of the shared prefix.", "choices": list(BACKEND_CHOICES)},
+        metadata={
+            "help": "Attention kernels of packed rows: 'flash_attention_3' and 'flash_attention_4' are packages, "
+            "'torch' what PyTorch is built with (FlashAttention 2 on CUDA), 'math' plain matrix products. 'auto' "
+            "takes the fastest that can be used, and warns where a faster one is missing.",
+            "choices": list(BACKEND_CHOICES),
+        },
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Run a micro-batch of more tokens than this in parts. The gradient stays that of the whole; it "
-            "costs one more forward."
+            "help": "Where a micro-batch has more tokens than this, it is run in parts: the gradient is that of the "
+            "whole, the memory that of a part, and the cost one more forward. Counts what is run: a shared prompt "
+            "once, and without sharing the padding too."
         },
     )
 
@@ -162,18 +126,22 @@ class DGRPOConfig(GRPOConfig):
     log_heatmaps: bool = field(
         default=False,
         metadata={
-            "help": "Write a heat map of one completion at each logging step to `output_dir/heatmaps`: at which "
-            "tokens the teacher disagreed."
+            "help": "Write one completion at each logging step to `output_dir/heatmaps`, as a page that shows at "
+            "which tokens the teacher disagreed: the one of the largest mean divergence on the main process. Sent to "
+            "wandb too, if that is reported to."
         },
     )
 
-    # Parameters that control what happens when something fails
+    # Parameters that control what happens when a step fails
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Stop after this many consecutive optimizer steps with a NaN or infinite loss or gradient."},
+        metadata={
+            "help": "An optimizer step whose loss or gradient is NaN or infinite is skipped, and its rows are "
+            "reported. Training stops after this many consecutive ones."
+        },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.shared_prefix, bool):  # what YAML makes of `on` and `off`
             self.shared_prefix = "on" if self.shared_prefix else "off"

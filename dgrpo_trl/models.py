@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
-from trl.trainer.utils import get_config_model_id
 
 from .config import DGRPOConfig
 from .positions import POSITION_ARGUMENTS, trained_positions
+from .trl_compat import get_config_model_id
 
 
 # As a teacher's name: the PEFT student with its adapter off

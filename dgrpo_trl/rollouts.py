@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .losses import Distillation
-from .scoring import CompletionOutput, CompletionScoring
+from .scoring import CompletionOutput, CompletionScoring, CompletionStates
 from .shared_prefix import PrefixSharing, pack, prompt_keys, split_by_tokens, unpadded
 from .trl_compat import pad
 
@@ -71,14 +71,14 @@ class Rollouts:
         """Some rows. For none, the first without a token to score: a rank with nothing to run still takes part."""
         if len(rows) == len(self.prompt_ids):
             return self
-        if rows:
-            return Rollouts(*(tensor[rows] for tensor in self._tensors))
-        *tensors, completion_mask = (tensor[:1] for tensor in self._tensors)
-        return Rollouts(*tensors, torch.zeros_like(completion_mask))
-
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+        index = rows or [0]
+        completion_mask = self.completion_mask[index]
+        return Rollouts(
+            self.prompt_ids[index],
+            self.prompt_mask[index],
+            self.completion_ids[index],
+            completion_mask if rows else torch.zeros_like(completion_mask),
+        )
 
     def split(
         self, max_rows: int, max_tokens: int | None, shares_prefix: bool, accelerator: Accelerator
@@ -110,25 +110,24 @@ class Rollouts:
         num_parts = accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max().item()
         return parts + [[]] * (num_parts - len(parts))
 
-    def forward(
+    def score(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         shares_prefix: bool,
         backend: str = "auto",
-        hidden_states_only: bool = False,
         distillation: Distillation | None = None,
         with_router: bool = False,
     ) -> CompletionOutput:
-        """One forward of `model`, which `scoring.add_completion_scoring` has been given.
+        """One forward of `model`, to which `scoring.add_completion_scoring` has been applied.
 
         Args:
-            model (`nn.Module`):
+            model (`nn.Module` or `Callable`):
                 Possibly wrapped.
             shares_prefix (`bool`):
                 Run one packed row instead of B padded ones.
             backend (`str`, *optional*, defaults to `"auto"`):
                 Attention kernels of a packed row.
-            hidden_states_only (`bool`, *optional*, defaults to `False`), distillation (`Distillation`, *optional*):
+            distillation (`Distillation`, *optional*):
                 See [`~scoring.CompletionScoring`].
             with_router (`bool`, *optional*, defaults to `False`):
                 Also sum up the router of a mixture of experts.
@@ -136,20 +135,38 @@ class Rollouts:
         Returns:
             [`~scoring.CompletionOutput`]
         """
-        kwargs: dict[str, Any] = {"output_router_logits": True} if with_router else {}
-        if shares_prefix:
-            packed = pack(
-                self.prompts, self.completion_ids, self.completion_lengths, whole_rows=with_router, backend=backend
-            )
-            kwargs |= {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-        else:
-            packed = None
-            kwargs["input_ids"] = torch.cat([self.prompt_ids, self.completion_ids], dim=1)
-            kwargs["attention_mask"] = torch.cat([self.prompt_mask, self.completion_mask.to(self.prompt_mask)], dim=1)
-        scoring = CompletionScoring(
-            self.completion_ids, self.completion_mask, hidden_states_only, distillation, packed=packed
-        )
-        return model(**kwargs, completion_scoring=scoring)
+        inputs = self._inputs(shares_prefix, backend, distillation=distillation, whole_rows=with_router)
+        output: CompletionOutput = model(**inputs, **({"output_router_logits": True} if with_router else {}))
+        return output
+
+    def hidden_states(self, model: Callable[..., Any], shares_prefix: bool, backend: str = "auto") -> Tensor:
+        """The states that predict the completion tokens, of shape `(B, T, H)`; as [`Rollouts.score`], without the LM
+        head."""
+        output: CompletionStates = model(**self._inputs(shares_prefix, backend, hidden_states_only=True))
+        return output.hidden_states
+
+    def _inputs(
+        self,
+        shares_prefix: bool,
+        backend: str,
+        hidden_states_only: bool = False,
+        distillation: Distillation | None = None,
+        whole_rows: bool = False,
+    ) -> dict[str, Any]:
+        scoring = CompletionScoring(self.completion_ids, self.completion_mask, hidden_states_only, distillation)
+        if not shares_prefix:
+            masks = self.prompt_mask, self.completion_mask.to(self.prompt_mask)
+            return {
+                "input_ids": torch.cat([self.prompt_ids, self.completion_ids], dim=1),
+                "attention_mask": torch.cat(masks, dim=1),
+                "completion_scoring": scoring,
+            }
+        packed = pack(self.prompts, self.completion_ids, self.completion_lengths, whole_rows, backend)
+        return {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "completion_scoring": replace(scoring, packed=packed),
+        }
 
 
 def score(
@@ -181,14 +198,14 @@ def score(
         distillation (`Distillation`, *optional*):
             The teacher's side, with hidden states of B rows.
         with_router (`bool`, *optional*, defaults to `False`):
-            See [`Rollouts.forward`].
+            See [`Rollouts.score`].
 
     Returns:
         [`~scoring.CompletionOutput`]: Of B rows.
     """
     parts = rollouts.split(max_rows, max_tokens, sharing.is_on, accelerator)
     is_split = len(parts) > 1 and torch.is_grad_enabled()
-    callable_model = _entered_once(model, accelerator) if is_split else model
+    called = _entered_once(model, accelerator) if is_split else model
 
     def score_part(rows: list[int]) -> CompletionOutput:
         taught = distillation
@@ -196,9 +213,7 @@ def score(
             states = taught.hidden_states
             taught = replace(taught, hidden_states=states[rows[0] : rows[-1] + 1] if rows else states[:1])
         with accelerator.autocast():
-            return rollouts.select(rows).forward(
-                callable_model, sharing.is_on, sharing.backend, distillation=taught, with_router=with_router
-            )
+            return rollouts.select(rows).score(called, sharing.is_on, sharing.backend, taught, with_router)
 
     outputs = [checkpoint(score_part, rows, use_reentrant=False) if is_split else score_part(rows) for rows in parts]
     return _concatenate(outputs, [len(rows) for rows in parts])
@@ -225,11 +240,11 @@ def _concatenate(outputs: list[CompletionOutput], num_rows: list[int]) -> Comple
             fields[name] = sum(value for value, n in zip(values, num_rows, strict=True) if n > 0)
         else:
             fields[name] = torch.cat([value[:n] for value, n in zip(values, num_rows, strict=True)])
-    if 0 in num_rows:  # parts without rows stay in the graph, so that every rank runs their backward
-        fields["logps"] = fields["logps"] + 0 * sum(
-            output.logps.sum() for output, n in zip(outputs, num_rows, strict=True) if n == 0
-        )
-    return CompletionOutput(**fields)
+    whole = CompletionOutput(**fields)
+    for output, n in zip(outputs, num_rows, strict=True):
+        if n == 0:  # parts without rows stay in the graph, so that every rank runs their backward
+            whole.logps = whole.logps + 0 * output.logps.sum()
+    return whole
 
 
 def completion_states(
@@ -246,5 +261,4 @@ def completion_states(
     mask = pad([torch.ones_like(row) for row in ids]).to(accelerator.device)
     rollouts = Rollouts.from_prompts(prompts, pad(ids).to(accelerator.device), mask, pad_token_id)
     with accelerator.autocast():
-        output = rollouts.forward(model, shares_prefix, backend, hidden_states_only=True)
-    return output.hidden_states[mask.bool()]
+        return rollouts.hidden_states(model, shares_prefix, backend)[mask.bool()]

@@ -8,6 +8,7 @@ forward, it fires the hooks of DDP, FSDP and ZeRO-3 like any other call.
 import functools
 import types
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,23 +46,47 @@ class CompletionScoring:
 
 
 @dataclass
+class CompletionStates(ModelOutput):
+    """Output of a forward with `hidden_states_only`: a tensor of shape `(B, T, H)`."""
+
+    hidden_states: Tensor
+
+
+@dataclass
 class CompletionOutput(ModelOutput):
-    """Outputs of a scored forward; the fields of `losses.TokenTerms`, of shape `(B, T)`, and what else was asked for.
+    """Outputs of a scored forward: the fields of `losses.TokenTerms`, of shape `(B, T)`.
 
     Args:
         router_sums (`torch.Tensor` of shape `(k + 1, E)`, *optional*):
-            Of a mixture of E experts, k a token, when `output_router_logits` is set; see [`router_sums`].
-        hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*):
-            With `hidden_states_only`.
+            Of a mixture of E experts, k per token, when `output_router_logits` is set; see [`router_sums`].
     """
 
-    logps: Tensor | None = None
-    entropies: Tensor | None = None
+    logps: Tensor
+    entropies: Tensor | None = None  # a `ModelOutput` has one field without a default; it is always set
     divergences: Tensor | None = None
     teacher_entropies: Tensor | None = None
     top1_agreement: Tensor | None = None
     router_sums: Tensor | None = None
-    hidden_states: Tensor | None = None
+
+    @property
+    def distilled(self) -> "DistilledTokens":
+        """What there is with a teacher.
+
+        Raises:
+            ValueError: If the forward was given none.
+        """
+        if self.divergences is None or self.teacher_entropies is None or self.top1_agreement is None:
+            raise ValueError("These completions were scored without a teacher. Pass `distillation`.")
+        return DistilledTokens(self.logps, self.divergences, self.teacher_entropies, self.top1_agreement)
+
+
+class DistilledTokens(NamedTuple):
+    """Fields of a [`CompletionOutput`] with a teacher, of shape `(B, T)`."""
+
+    logps: Tensor
+    divergences: Tensor
+    teacher_entropies: Tensor
+    top1_agreement: Tensor
 
 
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
@@ -107,7 +132,9 @@ def add_completion_scoring(model: PreTrainedModel, temperature: float = 1.0, fp3
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
-    def forward(self, *args, completion_scoring: CompletionScoring | None = None, **kwargs):
+    def forward(
+        self: PreTrainedModel, *args: Any, completion_scoring: CompletionScoring | None = None, **kwargs: Any
+    ) -> Any:
         if completion_scoring is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes it on, as None
@@ -119,7 +146,7 @@ def add_completion_scoring(model: PreTrainedModel, temperature: float = 1.0, fp3
         if completion_scoring.hidden_states_only:
             mask = completion_scoring.completion_mask.bool()
             padded = states.new_zeros(*mask.shape, states.size(-1))
-            return CompletionOutput(hidden_states=padded.masked_scatter(mask.unsqueeze(-1), states))
+            return CompletionStates(padded.masked_scatter(mask.unsqueeze(-1), states))
         scored = _score(states, lm_head(self), completion_scoring, temperature, fp32_projection)
         if kwargs.get("output_router_logits"):
             weights = kwargs["attention_mask"] if packed is None else packed.token_weights
@@ -148,9 +175,16 @@ def _score(
     terms = token_terms(
         states, head, scoring.completion_ids[mask], temperature, distillation, fp32_projection=fp32_projection
     )
-    # `masked_scatter` keeps an empty result connected to the graph, so that every rank runs backward
-    padded = (None if term is None else term.new_zeros(mask.shape).masked_scatter(mask, term) for term in terms)
-    return CompletionOutput(*padded)
+
+    def padded(term: Tensor) -> Tensor:
+        # `masked_scatter` keeps an empty result connected to the graph, so that every rank runs backward
+        return term.new_zeros(mask.shape).masked_scatter(mask, term)
+
+    return CompletionOutput(
+        padded(terms.logps),
+        padded(terms.entropies),
+        *(None if term is None else padded(term) for term in terms[2:]),
+    )
 
 
 def router_sums(router_logits: tuple[Tensor, ...], token_weights: Tensor, top_k: int) -> Tensor:
@@ -162,21 +196,22 @@ def router_sums(router_logits: tuple[Tensor, ...], token_weights: Tensor, top_k:
         token_weights (`torch.Tensor` of n elements):
             How often each token counts.
         top_k (`int`):
-            Experts a token.
+            Experts per token.
 
     Returns:
         `torch.Tensor` of shape `(top_k + 1, E)`: Over tokens and layers, how often each expert is a token's first,
         ..., k-th choice, and, last, the sum of its probabilities. Only the last has a gradient.
     """
     weights = token_weights.flatten()
-    sums = 0.0
-    for logits in router_logits:
+
+    def layer_sums(logits: Tensor) -> Tensor:
         probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         chosen = F.one_hot(probabilities.topk(top_k).indices, logits.size(-1)).to(probabilities.dtype)
-        sums = sums + torch.einsum(
-            "n,nke->ke", weights.to(probabilities), torch.cat([chosen, probabilities.unsqueeze(1)], 1)
-        )
-    return sums
+        choices = torch.cat([chosen, probabilities.unsqueeze(1)], 1)
+        return torch.einsum("n,nke->ke", weights.to(probabilities), choices)
+
+    first, *others = map(layer_sums, router_logits)
+    return sum(others, first)
 
 
 def load_balancing_loss(sums: Tensor) -> Tensor:

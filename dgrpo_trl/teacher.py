@@ -161,7 +161,7 @@ class Teacher:
         self.fp32_projection = fp32_projection
         self.sharing = sharing
         self.is_base = model is None
-        if self.is_base:
+        if model is None:
             self.model = student
             return
         if offload_device is not None:
@@ -278,9 +278,7 @@ class Teacher:
 
     def _forward(self, rollouts: Rollouts) -> Tensor:
         with self.accelerator.autocast():
-            states = rollouts.forward(
-                self.model, self.sharing.is_on, self.sharing.backend, hidden_states_only=True
-            ).hidden_states
+            states = rollouts.hidden_states(self.model, self.sharing.is_on, self.sharing.backend)
             # The head rounds its input to the autocast dtype anyway: keeping more would only take more memory
             device_type = states.device.type
             rounds = torch.is_autocast_enabled(device_type) and not self.fp32_projection

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .trl_compat import maybe_gather_lm_head_ctx
 
 
 # About six tiles are alive at once, whatever the batch, the length and the vocabulary: 32 MiB each in float32 on an

@@ -30,7 +30,7 @@ from .run.heatmap import Inspector
 from .run.metrics import AccumulationWindow, distillation_values
 from .run.nonfinite import NonFiniteGuard
 from .run.vllm_server import generate_through_outages, report_losses
-from .scoring import CompletionOutput, add_completion_scoring, load_balancing_loss
+from .scoring import CompletionOutput, DistilledTokens, add_completion_scoring, load_balancing_loss
 from .shared_prefix import PrefixSharing, regroup, share_prefill, unpadded
 from .teacher import Teacher, load_teacher, resolve_teacher
 from .trl_compat import base_model, disable_gradient_checkpointing, forget_loaded_weights, get_config_model_id
@@ -54,6 +54,17 @@ class _StudentForward:
 
     distillation: Distillation | None
     output: CompletionOutput | None = None
+
+    @property
+    def tokens(self) -> DistilledTokens:
+        """The output, of a forward with a teacher.
+
+        Raises:
+            RuntimeError: If there was no forward: TRL has changed.
+        """
+        if self.output is None:
+            raise RuntimeError("TRL's `_compute_loss` has not called `_get_per_token_logps_and_entropies`.")
+        return self.output.distilled
 
 
 class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
@@ -106,6 +117,11 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         ValueError, TypeError: For what cannot be trained on, before weights are loaded wherever possible.
         NotImplementedError: For images.
     """
+
+    # TRL's
+    reward_funcs: list[Any]
+    _buffered_inputs: list[dict[str, Any]]
+    _signature_columns: list[str]
 
     _tag_names = ["trl", "dgrpo"]
     _name = "dGRPO"
@@ -196,7 +212,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         self._has_new_rollouts = False
         self._watch_the_run()
         self._prepare_student()
-        self.teacher_model = None
+        self.teacher_model: nn.Module | None = None
         if self._distills:
             self._prepare_teacher(teacher)
 
@@ -406,7 +422,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         )
         if self._student_forward is not None:
             self._student_forward.output = scored
-        aux_loss = load_balancing_loss(scored.router_sums) if compute_aux_loss else None
+        aux_loss = None if scored.router_sums is None else load_balancing_loss(scored.router_sums)
         return scored.logps, scored.entropies if compute_entropy else None, aux_loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -420,42 +436,42 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             )
         self._student_forward = forward = _StudentForward(distillation)
         try:
-            grpo_loss = super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
             self._student_forward = None
-        loss, terms = grpo_loss, {"GRPO": grpo_loss}
+        terms = {"GRPO": loss}
         if self._distills:
-            terms["teacher"] = self._teacher_term(inputs, forward.output, grpo_loss)
-            loss = grpo_loss + terms["teacher"]
+            terms["teacher"] = self._teacher_term(inputs, forward.tokens)
+            self._log_teacher_term(inputs, forward.tokens, terms)
+            loss = loss + terms["teacher"]
         if self.model.training:
             self._nonfinite_guard.observe(self.state.global_step + 1, inputs, terms, forward.output)
         return loss
 
-    def _teacher_term(self, inputs: dict[str, Any], scored: CompletionOutput, grpo_loss: Tensor) -> Tensor:
-        """The weighted divergence of a micro-batch, normalized as `loss_type` normalizes the GRPO term; logs it."""
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+    def _teacher_term(self, inputs: dict[str, Any], tokens: DistilledTokens) -> Tensor:
+        """The weighted divergence of a micro-batch, normalized as `loss_type` normalizes the GRPO term."""
         is_training = self.model.training
         accumulation_steps = self.current_gradient_accumulation_steps if is_training else 1
         # `num_items_in_batch` counts the tokens of a generation batch, over all ranks
         windows = self.args.steps_per_generation / accumulation_steps if is_training else 1
         token_normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes / windows
-        loss = self.distill_coef * aggregate(
-            scored.divergences,
-            mask,
+        return self.distill_coef * aggregate(
+            tokens.divergences,
+            _loss_mask(inputs),
             self.loss_type,
             self.max_completion_length,
             token_normalizer,
             accumulation_steps,
         )
+
+    def _log_teacher_term(self, inputs: dict[str, Any], tokens: DistilledTokens, terms: dict[str, Tensor]) -> None:
+        """A collective call at the end of an accumulation window."""
+        mask, is_training = _loss_mask(inputs), self.model.training
         if is_training:
-            self.inspector.observe(inputs, scored, mask)
-        losses = {"distill/grpo_loss": grpo_loss, "distill/loss": loss}
-        logged = self._window.add(distillation_values(scored, mask), losses)
-        for name, value in logged.items():
+            self.inspector.observe(inputs, tokens, mask)
+        losses = {"distill/grpo_loss": terms["GRPO"], "distill/loss": terms["teacher"]}
+        for name, value in self._window.add(distillation_values(tokens, mask), losses).items():
             self._metrics["train" if is_training else "eval"][name].append(value)
-        return loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         output = super().training_step(model, inputs, num_items_in_batch)
@@ -520,6 +536,12 @@ def _load_processing_class(model, args: DGRPOConfig) -> PreTrainedTokenizerBase 
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """The tokens that TRL's loss covers."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _synchronized_clock() -> float:

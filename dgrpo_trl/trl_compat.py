@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -27,6 +26,7 @@ from trl.trainer.utils import (
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from trl import GRPOTrainer
 
 __all__ = [
@@ -159,7 +159,10 @@ ATTRIBUTES = {
     "_log_completion_extra": "the column `answer` of the table of completions",
     "_logs": "the table of completions: long prompts are cut, and a column is added",
     "_metrics": "what is logged: the metrics of the teacher term",
+    "_name": "the method, in the model card",
+    "_paper": "its paper, in the model card",
     "_signature_columns": "columns that are kept, see `_set_signature_columns_if_needed`",
+    "_tag_names": "tags of the model card",
     "_step": "counts micro-batches: which of the buffered ones is next, and where an optimizer step ends",
     "_tokenizer": "the tokenizer within `processing_class`",
     "aux_loss_enabled": "whether a mixture of experts has a load-balancing loss",
@@ -176,6 +179,6 @@ def forget_loaded_weights(trainer: "GRPOTrainer") -> None:
     trainer._last_loaded_step = -1
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """`model` without its PEFT wrapper, if it has one."""
     return model.get_base_model() if is_peft_model(model) else model

@@ -277,32 +277,6 @@ def test_a_teacher_whose_logits_are_not_those_of_its_head(make_trainer, make_mod
 # --- Rewards
 
 
-def short(completions, **kwargs):
-    return [1.0]
-
-
-def nan(completions, **kwargs):
-    return [0.0] * (len(completions) - 1) + [float("nan")]
-
-
-async def async_nan(completions, **kwargs):
-    return nan(completions)
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (short, "`short` returned 1 values for 4 completions"),
-        (nan, "`nan` returned nan for completion 3"),
-        (async_nan, "`async_nan` returned nan for completion 3"),
-    ],
-)
-def test_rewards_of_the_wrong_number_or_not_finite(make_trainer, reward, message):
-    trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, reward_funcs=reward)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-
-
 def test_none_is_a_reward(make_trainer):
     def sometimes(completions, **kwargs):
         return [None, *[1.0, 0.0, 1.0]]

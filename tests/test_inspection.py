@@ -10,6 +10,7 @@ from conftest import build_tokenizer
 
 from dgrpo_trl import DGRPOTrainer
 from dgrpo_trl.run.heatmap import Inspector, Trace, decode_pieces, render_heatmap, tail, write_heatmap
+from dgrpo_trl.scoring import DistilledTokens
 
 
 def test_the_tail_of_a_prompt_is_where_the_question_stands():
@@ -79,12 +80,12 @@ class Watching(Inspector):
         self.trainer = trainer
         self.seen = {}
 
-    def observe(self, inputs, scored, mask):
+    def observe(self, inputs, tokens, mask):
         step = self.trainer.state.global_step + 1
-        for row, row_mask, ids in zip(scored.divergences, mask, inputs["completion_ids"], strict=True):
+        for row, row_mask, ids in zip(tokens.divergences, mask, inputs["completion_ids"], strict=True):
             text = self.trainer.processing_class.decode(ids[row_mask.bool()], skip_special_tokens=True)
             self.seen.setdefault(step, {})[text] = row[row_mask.bool()].mean().item()
-        super().observe(inputs, scored, mask)
+        super().observe(inputs, tokens, mask)
 
 
 def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved_teacher, tmp_path):
@@ -169,10 +170,8 @@ def test_a_completion_with_nothing_to_learn_from_has_no_divergence(make_trainer,
         "advantages": torch.tensor([0.5, -0.5]),
     }
 
-    class Scored:
-        divergences = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
-        logps = teacher_entropies = torch.zeros(2, 2)
-
-    inspector.observe(inputs, Scored, torch.tensor([[1, 1], [0, 0]]))
+    zeros = torch.zeros(2, 2)
+    tokens = DistilledTokens(zeros, torch.tensor([[1.0, 3.0], [5.0, 5.0]]), zeros, zeros)
+    inspector.observe(inputs, tokens, torch.tensor([[1, 1], [0, 0]]))
     assert inspector.divergences == [None, 2.0]
     assert inspector.trace.completion_ids == [7, 8] and inspector.trace.prompt_ids == [4]

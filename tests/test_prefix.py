@@ -191,7 +191,7 @@ def values_and_gradients(model, forward):
 def errors(model, rollouts=None, packed=None):
     """Packed against plain: largest error of a log-probability, largest relative error of a gradient."""
     rollouts = rollouts_of() if rollouts is None else rollouts
-    packed = packed or (lambda model: rollouts.forward(model, shares_prefix=True))
+    packed = packed or (lambda model: rollouts.score(model, shares_prefix=True))
     logps, gradients = values_and_gradients(model, lambda model: plain_forward(model, rollouts))
     packed_logps, packed_gradients = values_and_gradients(model, packed)
     assert gradients.keys() == packed_gradients.keys()
@@ -269,7 +269,7 @@ def test_gradient_checkpointing_and_offloaded_activations(use_reentrant):
 
     def packed(model):
         with torch.autograd.graph.save_on_cpu():
-            return rollouts.forward(model, shares_prefix=True)
+            return rollouts.score(model, shares_prefix=True)
 
     with no_casts():
         assert max(errors(model, rollouts)) <= 1e-12
@@ -294,7 +294,7 @@ def test_low_precision_is_as_close_to_float32_as_the_plain_forward(dtype):
     differences = []
     for forward in (
         lambda model: plain_forward(model, rollouts_of()),
-        lambda model: rollouts_of().forward(model, shares_prefix=True),
+        lambda model: rollouts_of().score(model, shares_prefix=True),
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             logps, _ = values_and_gradients(model, forward)
@@ -443,15 +443,6 @@ def test_generation_prefills_a_prompt_once_and_gives_the_same_tokens(options):
         assert batch_sizes[0] == (2, 20) and set(batch_sizes[1:]) == {(7, 1)}
 
 
-def test_other_ways_to_generate_are_left_alone():
-    plain, shared = tiny_model("qwen3"), tiny_model("qwen3")
-    share_prefill(shared)
-    prompt_ids = torch.randint(3, 90, (1, 20), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    for options in ({"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}):
-        arguments = {"input_ids": prompt_ids, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
-        assert torch.equal(plain.generate(**arguments), shared.generate(**arguments)), options
-
-
 # --- Mixtures of experts
 
 
@@ -477,6 +468,6 @@ def test_a_packed_row_counts_the_router_as_the_plain_rows_do():
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             output_router_logits=True,
         ).router_logits
-        sums = rollouts.forward(model, shares_prefix=True, with_router=True).router_sums
+        sums = rollouts.score(model, shares_prefix=True, with_router=True).router_sums
     expected = load_balancing_loss_func(tuple(layer.float() for layer in logits), 4, 2, mask).double()
     torch.testing.assert_close(load_balancing_loss(sums), expected, rtol=1e-6, atol=0)

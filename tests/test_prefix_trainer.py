@@ -14,7 +14,6 @@ from trl import GRPOTrainer, TrlParser
 
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.losses import LOSS_TYPES
-from dgrpo_trl.rollouts import Rollouts
 from dgrpo_trl.shared_prefix import SUPPORTED_LAYERS, Group, PrefixLayout, pack
 from dgrpo_trl.shared_prefix.kernels import MathKernel
 
@@ -414,23 +413,6 @@ def test_a_model_that_turns_out_wrong_is_caught_when_rows_outgrow_its_window(
         trainer("on").train()
 
 
-def test_the_comparison_waits_for_two_rollouts_of_a_prompt_and_for_twice_the_length(make_trainer):
-    check = make_trainer(DGRPOTrainer, distill_coef=0.0).sharing.check
-    assert not check.is_due([[1, 2], [3, 4]], [[5], [6]])
-    assert not check.is_due([[1, 2], [1, 2]], [[5], []])
-    assert check.is_due([[1, 2], [1, 2]], [[5], [6]])
-    assert not check.is_due([[1, 2], [1, 2]], [[5, 6, 7], [6]])
-    assert check.is_due([[1, 2], [1, 2]], [[5, 6, 7, 8], [6]])
-
-
-def test_the_comparison_fails_for_nan(make_trainer):
-    for bf16 in (False, True):
-        check = make_trainer(DGRPOTrainer, distill_coef=0.0, bf16=bf16).sharing.check
-        states = torch.ones(2, 4)
-        states[1] = torch.nan
-        assert not check.passes([[1]] * 2, [[2]] * 2, lambda prompts, *_, states=states: states[-len(prompts) :])
-
-
 @pytest.mark.parametrize("breaks", [False, True], ids=["right", "completions see each other"])
 def test_the_comparison_tells_wrong_from_rounded_in_bfloat16(make_trainer, monkeypatch, breaks):
     def one_branch(*args, original=pack, **kwargs):
@@ -486,9 +468,3 @@ def test_yaml_says_on_and_off(tmp_path, value, expected):
 def test_bad_values_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
-
-
-def test_a_rank_without_rows_still_takes_part():
-    rollouts = Rollouts.from_prompts([[1, 2]] * 2, torch.tensor([[3], [4]]), torch.ones(2, 1, dtype=torch.long), 0)
-    empty = rollouts.select([])
-    assert empty.prompts[0].tolist() == [1, 2] and empty.completion_lengths == [0]

@@ -1,8 +1,9 @@
-"""What a training script shows: one line of progress, and no warnings that nobody who reads them can act on."""
+"""What a training script shows: one line of progress, and no warnings that its reader cannot act on."""
 
 import os
 import time
 import warnings
+from typing import Any
 
 import torch
 from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -35,21 +36,28 @@ def quiet_known_warnings() -> None:
 
 
 class OneLineProgress(ProgressCallback):
-    """The progress bar of transformers, with the main figures and the tokens a second beside it instead of below it.
+    """The progress bar of transformers, with the main figures and the tokens per second beside it instead of below it.
 
     All figures are in the logs that `report_to` names, and in `trainer_state.json`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._since: tuple[float, float] | None = None  # clock and tokens of the last log
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._since = None
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..scoring import CompletionOutput
+from ..scoring import DistilledTokens
 
 
 TAIL_CHARS = 300
@@ -181,13 +181,13 @@ class Inspector:
         if is_training:
             self.divergences = [None] * num_rows
 
-    def observe(self, inputs: dict[str, Any], scored: CompletionOutput, mask: Tensor) -> None:
+    def observe(self, inputs: dict[str, Any], tokens: DistilledTokens, mask: Tensor) -> None:
         """Takes in a micro-batch that has been scored. Rank-local.
 
         Args:
             inputs (`dict`):
                 The micro-batch; `row_index` says which rows of the generation batch these are.
-            scored ([`~scoring.CompletionOutput`]):
+            tokens ([`~scoring.DistilledTokens`]):
                 What the student's forward returned.
             mask (`torch.Tensor` of shape `(B, T)`):
                 Tokens that count.
@@ -195,7 +195,7 @@ class Inspector:
         if not (self.keeps_rows or self.keeps_trace):
             return
         counts = mask.sum(-1)
-        means = ((scored.divergences.detach() * mask).sum(-1) / counts.clamp(min=1)).tolist()
+        means = ((tokens.divergences.detach() * mask).sum(-1) / counts.clamp(min=1)).tolist()
         usable = [i for i, n in enumerate(counts.tolist()) if n > 0 and math.isfinite(means[i])]
         for i, index in enumerate(inputs["row_index"].tolist()):
             self.divergences[index] = means[i] if i in usable else None
@@ -208,9 +208,9 @@ class Inspector:
         self.trace = Trace(
             prompt_ids=inputs["prompt_ids"][worst][inputs["prompt_mask"][worst].bool()].tolist(),
             completion_ids=inputs["completion_ids"][worst][where].tolist(),
-            divergences=scored.divergences[worst][where].detach().float().tolist(),
-            logps=scored.logps[worst][where].detach().float().tolist(),
-            teacher_entropies=scored.teacher_entropies[worst][where].float().tolist(),
+            divergences=tokens.divergences[worst][where].detach().float().tolist(),
+            logps=tokens.logps[worst][where].detach().float().tolist(),
+            teacher_entropies=tokens.teacher_entropies[worst][where].float().tolist(),
             advantage=float(inputs["advantages"][worst].reshape(-1)[0]),
         )
 

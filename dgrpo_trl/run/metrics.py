@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..scoring import CompletionOutput
+from ..scoring import DistilledTokens
 
 
 class AccumulationWindow:
@@ -50,14 +50,14 @@ class AccumulationWindow:
         return means | dict(zip(losses, totals[2 * n :], strict=True))
 
 
-def distillation_values(scored: CompletionOutput, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def distillation_values(tokens: DistilledTokens, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """What is logged of the tokens of a micro-batch, see [`AccumulationWindow.add`]; `mask` is of shape `(B, T)`."""
     rank_in_completion, lengths = mask.cumsum(-1), mask.sum(-1, keepdim=True)
     quarter = (lengths + 3) // 4
     return {
-        "distill/divergence": (scored.divergences, mask),
-        "distill/divergence_first_quarter": (scored.divergences, mask * (rank_in_completion <= quarter)),
-        "distill/divergence_last_quarter": (scored.divergences, mask * (rank_in_completion > lengths - quarter)),
-        "distill/teacher_entropy": (scored.teacher_entropies, mask),
-        "distill/top1_agreement": (scored.top1_agreement, mask),
+        "distill/divergence": (tokens.divergences, mask),
+        "distill/divergence_first_quarter": (tokens.divergences, mask * (rank_in_completion <= quarter)),
+        "distill/divergence_last_quarter": (tokens.divergences, mask * (rank_in_completion > lengths - quarter)),
+        "distill/teacher_entropy": (tokens.teacher_entropies, mask),
+        "distill/top1_agreement": (tokens.top1_agreement, mask),
     }

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,9 @@ from .attention import register
 from .packing import group_rows, prompt_keys, unpadded
 from .support import unsupported_reason
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = get_logger(__name__)
 
@@ -101,7 +104,7 @@ class PrefixSharing:
         logger.warning(f"{message} The shared prefix is switched off for it; please report this.")
 
 
-def _unsupported_reason(model: nn.Module) -> str | None:
+def _unsupported_reason(model: "PreTrainedModel | PeftModel") -> str | None:
     """[`unsupported_reason`] of a model that is loaded: of its adapter and its attention too."""
     config = base_model(model).config
     reason = unsupported_reason(config)
@@ -136,7 +139,7 @@ def share_prefill(model: PreTrainedModel) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+        cache: Any = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
         reason = _unshareable_reason(cache, generation_config, model_kwargs)
         if reason is not None:
             if reason not in logged:
@@ -168,6 +171,8 @@ def share_prefill(model: PreTrainedModel) -> None:
 
 def _unshareable_reason(cache: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> str | None:
     """Why this prefill cannot be shared, or `None` if it can."""
+    if cache is None:
+        return "it keeps no cache"
     if type(cache) is not DynamicCache:
         return f"its cache is a {type(cache).__name__}, not a DynamicCache"
     if cache.offloading:
