@@ -24,10 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from dgrpo_trl.longblocks.records import Document, Drop
 from dgrpo_trl.longblocks.sources import files
-from dgrpo_trl.longblocks.sources import reading as sources
-from dgrpo_trl.longblocks.sources.configs import SourceConfig
+from dgrpo_trl.longblocks.sources.books import book_pages
 from dgrpo_trl.longblocks.sources.corpora import CORPORA, two_letter
-from dgrpo_trl.longblocks.sources.reading import book_pages, check_source, read_source
+from dgrpo_trl.longblocks.sources.reading import SourceConfig, check_source, read_source
 
 
 ADAPTER = TypeAdapter(SourceConfig)
@@ -317,8 +316,13 @@ def test_parquet_string_that_is_not_utf8_is_a_drop(tmp_path):
 def test_parquet_reads_only_the_columns_it_needs(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", [{"text": "t", "meta": {"license": "MIT", "x": 1}, "vector": [0.0] * 9}])
     chosen = []
-    group_rows = sources._group_rows
-    monkeypatch.setattr(sources, "_group_rows", lambda *args: chosen.append(args[3]) or group_rows(*args))
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def recorded(file, *args, columns, **kwargs):
+        chosen.append(columns)
+        return iter_batches(file, *args, columns=columns, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recorded)
     (document,) = read_source(source(type="parquet", paths=[path], license_column="meta.license"))
     assert document.license == "MIT"
     assert chosen == [["text", "meta"]]

@@ -36,7 +36,7 @@ from ..questions.rule_engine import RuleEngine
 from ..questions.verification import Verifier
 from ..records import Document, Drop, Row
 from ..sources import reading as sources
-from ..sources.configs import SourceConfig
+from ..sources.reading import SourceConfig
 from .card import Statistics, write_card
 from .cleaning import Cleaner, identify
 from .config import STAGES, BuildConfig

@@ -17,7 +17,7 @@ from ..questions.blocks import BlocksConfig
 from ..questions.llm_engine import LLMEngineConfig
 from ..questions.rule_engine import RuleEngineConfig
 from ..questions.verification import VerificationConfig
-from ..sources.configs import SourceConfig
+from ..sources.reading import SourceConfig
 from .card import CardConfig
 from .cleaning import CleaningConfig
 from .decontamination import DecontaminationConfig

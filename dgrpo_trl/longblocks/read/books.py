@@ -13,8 +13,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from ..sources.configs import BOOK_COLUMNS
-from ..sources.reading import book_pages
+from ..sources.books import BOOK_COLUMNS, book_pages
 from .rows import ROWS_IN_MEMORY, read_rows
 
 

@@ -38,8 +38,9 @@ def two_letter(code: str) -> str | None:
         language = langcodes.Language.get(code.strip()).prefer_macrolanguage()
     except langcodes.LanguageTagError:
         return None
-    found = _TWO_LETTER.get(language.language, language.language)
-    return found if found is not None and len(found) == 2 and langcodes.tag_is_valid(found) else None
+    found = language.language or ""
+    found = _TWO_LETTER.get(found, found)
+    return found if len(found) == 2 and langcodes.tag_is_valid(found) else None
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
             url_column="metadata.url",
             language="en",
             kind="code",
-            notes="Single files, most of them short. Openly licensed: each document names its own licences.",
+            notes="Single files, most of them short. Openly licensed: each document names its own license.",
         ),
     }
 )

@@ -1,7 +1,7 @@
 """Files of all sorts, safely: found in a fixed order, read no further than a limit, decoded without guesses.
 
 Files are written whole or not at all. Nothing is extracted to disk, and what cannot be used raises [`BadItem`] with a
-reason for the table in `sources.py`.
+reason, see [`reasons`].
 """
 
 import bz2
@@ -21,8 +21,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, cast
 
 from ...files import check_sha256
 from ..records import Kind
@@ -52,6 +53,8 @@ _COMMENTS = {
     ".erl": "%",
     ".f90": "!",
 }
+
+Stream = io.BufferedIOBase | IO[bytes]
 
 # What damaged, encrypted, truncated and forbidden files raise
 READ_ERRORS = (
@@ -131,6 +134,13 @@ def expand_paths(patterns: Iterable[str]) -> list[Path]:
     return list(files.values())
 
 
+def labelled_paths(patterns: Iterable[str]) -> list[tuple[Path, str]]:
+    """Files with their paths relative to the folder that holds all of them."""
+    paths = expand_paths(patterns)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [(path, printable(os.path.relpath(path, root))) for path in paths]
+
+
 def find_files(root: Path, is_wanted: Callable[[str], bool], exclude: Iterable[str] = ()) -> Iterator[Path]:
     """Walks through a folder, in the order of names.
 
@@ -160,33 +170,33 @@ def find_files(root: Path, is_wanted: Callable[[str], bool], exclude: Iterable[s
             yield path
 
 
-def _open_zstandard(file: BinaryIO) -> BinaryIO:
-    import pyarrow as pa  # a decoder that is there in any case
+def _open_zstandard(file: Stream) -> Stream:
+    import pyarrow as pa  # it has a decoder, and is installed in any case
 
     return io.BufferedReader(pa.input_stream(file, compression="zstd"))
 
 
-_DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+_DECOMPRESSORS: dict[str, Callable[[Stream], Stream]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lambda file: lzma.LZMAFile(cast(IO[bytes], file)),  # its stub asks for more than it needs
     ".zst": _open_zstandard,
 }
 
 
-def _decompressed(name: str, file: BinaryIO) -> BinaryIO:
+def _decompressed(name: str, file: Stream) -> Stream:
     open_compressed = _DECOMPRESSORS.get(PurePosixPath(name.lower()).suffix)
     return file if open_compressed is None else open_compressed(file)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> Stream:
     # Opening a pipe would wait for ever
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BadItem("unreadable", "not a regular file")
     return open(path, "rb")
 
 
-def _read_at_most(file: BinaryIO, max_bytes: int) -> bytes:
+def _read_at_most(file: Stream, max_bytes: int) -> bytes:
     data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise BadItem("too_large", f"more than {max_bytes} bytes")
@@ -301,7 +311,7 @@ def archive_members(
     try:
         for name, open_member in members:
             if is_wanted(name):
-                yield name, lambda name=name, open_member=open_member: _read_member(name, open_member, max_bytes)
+                yield name, partial(_read_member, name, open_member, max_bytes)
     except READ_ERRORS as error:
         bad = _unreadable(error)
 
@@ -311,22 +321,29 @@ def archive_members(
         yield path.name, fail
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+def _zip_members(path: Path) -> Iterator[tuple[str, Callable[[], Stream]]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
-                yield info.filename, lambda info=info: archive.open(info)
+                yield info.filename, partial(archive.open, info)
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+def _tar_members(path: Path) -> Iterator[tuple[str, Callable[[], Stream]]]:
     with tarfile.open(path) as archive:
         while (member := archive.next()) is not None:
             if member.isreg():
-                yield member.name, lambda member=member: archive.extractfile(member)
-            archive.members.clear()  # it remembers all of them otherwise
+                yield member.name, partial(_open_tar_member, archive, member)
+            archive.members = []  # type: ignore[attr-defined] # in no stub; it remembers all of them otherwise
 
 
-def _read_member(name: str, open_member: Callable[[], BinaryIO], max_bytes: int) -> bytes:
+def _open_tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Stream:
+    file = archive.extractfile(member)
+    if file is None:
+        raise BadItem("unreadable", "not a regular file")
+    return file
+
+
+def _read_member(name: str, open_member: Callable[[], Stream], max_bytes: int) -> bytes:
     try:
         with open_member() as raw, _decompressed(name, raw) as file:
             return _read_at_most(file, max_bytes)

@@ -1,0 +1,82 @@
+"""What every source has, and what it can do: give its documents, and be checked before anything is built."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+from pydantic import Field, field_validator
+
+from ...strict_model import StrictModel
+from ..records import Document, Drop, Kind
+from .corpora import two_letter
+from .files import BadItem
+
+
+STAGE = "sources"
+
+
+class Source(StrictModel):
+    """What every source has."""
+
+    name: str = Field(
+        pattern=r"^\w[\w.+ -]*$", description="Name in the column `source`: letters, digits, `.`, `+`, `-`, spaces."
+    )
+    max_documents: int | None = Field(
+        None, ge=1, description="Items to read, counted before any is dropped. Default: all."
+    )
+    max_document_bytes: int = Field(
+        20_000_000, ge=1, description="Bytes of UTF-8, or of a decompressed file, above which an item is dropped."
+    )
+    may_redistribute: bool = Field(
+        True, description="Whether texts may be published. If not, the data set holds only the ids of documents."
+    )
+
+    @abstractmethod
+    def read(self, skip: int) -> Iterator[Document | Drop]:
+        """One document or one drop for each item but the first `skip`: item `n` is the same in every run."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Opens the source and reads its beginning.
+
+        Raises:
+            ValueError: If it is not there, is empty, or lacks a column.
+        """
+
+    def _drop(self, item: str, bad: BadItem) -> Drop:
+        return Drop(STAGE, self.name, item, bad.reason, bad.detail)
+
+    def _checked(self, text: str) -> str:
+        """A text that can become a document.
+
+        Raises:
+            BadItem: If it cannot.
+        """
+        if not text.strip():
+            raise BadItem("no_text")
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise BadItem("undecodable", f"half a surrogate pair at character {error.start}") from error
+        if num_bytes > self.max_document_bytes:
+            raise BadItem("too_large", f"{num_bytes} bytes, more than {self.max_document_bytes}")
+        return text
+
+
+class LabelledSource(Source):
+    """A source that no table describes: what all its documents have in common."""
+
+    language: str | None = Field(None, description="Language of all documents. Default: found out later.")
+    license: str | None = Field(None, description="License of all documents, where no column says it.")
+    kind: Kind | None = Field(
+        None, description="`text`, `markdown` or `code`. Default: by the suffix of the file; `text` for rows."
+    )
+
+    @field_validator("language")
+    @classmethod
+    def _check_language(cls, language: str | None) -> str | None:
+        code = None if language is None else two_letter(language)
+        if language is not None and code is None:
+            raise ValueError(
+                f"{language!r} has no two-letter code. Rows are published with one. Give one, such as 'en'."
+            )
+        return code
