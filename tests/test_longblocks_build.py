@@ -20,7 +20,7 @@ import yaml
 from chat_server import FAULTS, ChatServer
 
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
-from dgrpo_trl.longblocks.builder.builder import ordered_map
+from dgrpo_trl.longblocks.builder.part_stages import ordered_map
 from dgrpo_trl.longblocks.builder.store import KEPT_SCHEMA, Store
 
 

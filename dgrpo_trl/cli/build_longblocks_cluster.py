@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..longblocks import STAGES, BuildConfig, Builder, load_config
-from ..longblocks.builder.builder import GLOBAL_STAGES
+from ..longblocks.builder.config import GLOBAL_STAGES
 from .arguments import exit_with_message, parse_arguments
 from .build_longblocks import read_config, split_build_command_line
 

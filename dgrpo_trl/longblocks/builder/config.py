@@ -27,21 +27,8 @@ from .publish import PublishConfig, published_schema
 from .responses import ResponsesConfig
 
 
-STAGES = (
-    "sources",
-    "deduplication",
-    "blocks",
-    "questions",
-    "verification",
-    "responses",
-    "decontamination",
-    "mixing",
-    "card",
-    "publish",
-)
-
-# The sections that decide what a stage makes, beside those of the stages before it
-_SECTIONS = {
+# The stages in their order, each with the sections that decide what it makes, besides those of the stages before it
+_SECTIONS: dict[str, tuple[str, ...]] = {
     "sources": ("tokenizer", "documents_per_part", "sources", "cleaning", "deduplication"),
     "deduplication": ("deduplication",),
     "blocks": ("blocks",),
@@ -53,6 +40,9 @@ _SECTIONS = {
     "card": (),
     "publish": (),
 }
+STAGES = tuple(_SECTIONS)
+# The stages that see all parts at once; the others can be shared out among processes
+GLOBAL_STAGES = ("deduplication", "mixing", "card", "publish")
 
 
 class BuildConfig(StrictModel):
@@ -101,7 +91,7 @@ class BuildConfig(StrictModel):
     def servers_of(self, stage: str) -> tuple[str, ...]:
         """Names of the servers that a stage asks."""
         names: dict[str, tuple[str | None, ...]] = {
-            "questions": (getattr(self.questions, "server", None),),
+            "questions": (self.questions.server if isinstance(self.questions, LLMEngineConfig) else None,),
             "verification": (self.verification.answerer, self.verification.judge),
             "responses": tuple(teacher.server for teacher in self.responses.teachers),
         }

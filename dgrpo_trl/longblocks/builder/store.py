@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..questions.blocks import Block
+from ..reasons import is_known
 from ..records import Check, Document, Drop, Evidence, Row
 
 
@@ -132,15 +133,24 @@ class Store:
         drops: Iterable[Drop],
         num_read: int,
     ) -> None:
-        """Writes a part, atomically: after a crash it is there whole, or not at all."""
+        """Writes a part, atomically: after a crash it is there whole, or not at all.
+
+        Raises:
+            ValueError: If a drop has a reason that is not in the table of [`reasons`].
+        """
         final = self.path(stage, part)
         unfinished = final.parent / f".{part}"
         shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
         unfinished.mkdir(parents=True)
-        records, drops = list(records), [vars(drop) for drop in drops]
+        records, dropped = list(records), [vars(drop) for drop in drops]
+        if unknown := sorted({drop["reason"] for drop in dropped if not is_known(stage, drop["reason"])}):
+            raise ValueError(
+                f"The stage {stage!r} left something out for {', '.join(unknown)}, which `longblocks/reasons.py` does "
+                "not explain. Add it there."
+            )
         pq.write_table(pa.Table.from_pylist(records, schema), unfinished / "rows.parquet", compression="zstd")
-        pq.write_table(pa.Table.from_pylist(drops, DROP_SCHEMA), unfinished / "drops.parquet", compression="zstd")
-        counts = {"num_read": num_read, "num_rows": len(records), "num_drops": len(drops)}
+        pq.write_table(pa.Table.from_pylist(dropped, DROP_SCHEMA), unfinished / "drops.parquet", compression="zstd")
+        counts = {"num_read": num_read, "num_rows": len(records), "num_drops": len(dropped)}
         (unfinished / "part.json").write_text(json.dumps(counts), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             _flush(path)
