@@ -1,17 +1,6 @@
 """What is done to a document before it is used, and the documents that are not used at all.
 
-| reason of a drop | what it says |
-| --- | --- |
-| `no_text` | nothing was left of it |
-| `mostly_symbols` | fewer letters than `min_letter_share` of what is no white space |
-| `repetitive` | one line makes up more than `max_repeated_line_share` of its lines |
-| `secret` | it holds a key, and `secrets` is `drop` |
-| `unknown_language` | no language was stated, and none was recognised |
-| `wrong_language` | another language than the source states was recognised |
-| `language_not_wanted` | its language is not one of `languages` |
-| `too_short`, `too_long` | its length in tokens is out of bounds |
-
-Cleaning a clean document changes nothing.
+A new filter is a function in `FILTERS`, and its reason in [`reasons`]. Cleaning a clean document changes nothing.
 """
 
 import functools
@@ -92,15 +81,15 @@ _MIN_LETTERS = 20
 _MIN_DENSE_LETTERS = 8  # of scripts whose characters are syllables or words, or that few languages share
 _DENSE = re.compile(f"[{UNSPACED}{HANGUL}]")
 _MIN_CONFIDENCE = 0.7
-# Beyond this confidence the source's word is doubted; below, it is taken
+# From this confidence on, the language that the source states is doubted
 _CERTAIN = 0.95
 
 
 class CleaningConfig(StrictModel):
     """Section `cleaning`: each step can be switched off."""
 
-    repair_encoding: bool = Field(True, description="Mend text that was decoded wrongly (by `ftfy`); not in code.")
-    strip_gutenberg: bool = Field(True, description="Take off the header and the licence of Project Gutenberg.")
+    repair_encoding: bool = Field(True, description="Repair text that was decoded wrongly (by `ftfy`); not in code.")
+    strip_gutenberg: bool = Field(True, description="Remove the header and the license of Project Gutenberg.")
     break_special_tokens: bool = Field(
         True, description="Put a zero-width space into the literal text of control tokens, so that they stay text."
     )
@@ -108,7 +97,7 @@ class CleaningConfig(StrictModel):
     secrets: Literal["replace", "drop", "keep"] = Field(
         "replace", description="What to do with keys whose form is known, such as those of clouds and private keys."
     )
-    identify_language: bool = Field(True, description="Recognise the language (by `py3langid`); not of code.")
+    identify_language: bool = Field(True, description="Recognize the language (by `py3langid`); not of code.")
     languages: tuple[str, ...] = Field((), description="Two-letter codes to keep. Default: all.")
     min_tokens: int = Field(512, ge=0, description="Shortest document, in tokens.")
     max_tokens: int | None = Field(None, ge=1, description="Longest document, in tokens. Default: no limit.")
@@ -131,6 +120,42 @@ class CleaningConfig(StrictModel):
                 "the first or raise the second."
             )
         return self
+
+
+# Why a document is rejected: a reason, and what a person may want to know besides
+Rejection = tuple[str, str]
+Filter = Callable[[Document, CleaningConfig], Rejection | None]
+
+
+def _no_text(document: Document, config: CleaningConfig) -> Rejection | None:
+    return None if document.text else ("no_text", "")
+
+
+def _secret(document: Document, config: CleaningConfig) -> Rejection | None:
+    match = _SECRET.search(document.text) if config.secrets == "drop" else None
+    return match and ("secret", f"{match[0][:4]}... at character {match.start()}")
+
+
+def _mostly_symbols(document: Document, config: CleaningConfig) -> Rejection | None:
+    if document.kind == "code":
+        return None
+    characters = "".join(document.text.split())[:100_000]
+    share = sum(map(_is_letter, characters)) / max(1, len(characters))
+    return ("mostly_symbols", f"{share:.2f} of it are letters") if share < config.min_letter_share else None
+
+
+def _repetitive(document: Document, config: CleaningConfig) -> Rejection | None:
+    if document.kind == "code":
+        return None
+    lines = Counter(line.strip() for line in document.text.splitlines() if line.strip())
+    share = max(lines.values()) / lines.total()
+    if lines.total() < 10 or share <= config.max_repeated_line_share:
+        return None
+    return "repetitive", f"{share:.2f} of its lines are {lines.most_common(1)[0][0]!r:.60}"
+
+
+# What a document is looked at for once it is repaired, in this order; its language and its length come after
+FILTERS: tuple[Filter, ...] = (_no_text, _secret, _mostly_symbols, _repetitive)
 
 
 class Cleaner:
@@ -158,16 +183,14 @@ class Cleaner:
         def drop(reason: str, detail: str = "") -> Drop:
             return Drop(STAGE, document.source, document.source_id, reason, detail)
 
-        text = self._mend(document.text, document.kind == "code")
-        if not text:
-            return drop("no_text")
-        if self.config.secrets == "drop" and (match := _SECRET.search(text)):
-            return drop("secret", f"{match[0][:4]}... at character {match.start()}")
-        if document.kind != "code" and (found := self._poor(text)):
-            return drop(*found)
-        language, found = self._language(text, document)
-        if found:
-            return drop(*found)
+        document = replace(document, text=self._repair(document.text, document.kind == "code"))
+        for find in FILTERS:
+            if rejection := find(document, self.config):
+                return drop(*rejection)
+        language, rejection = self._language(document)
+        if rejection:
+            return drop(*rejection)
+        text = document.text
         num_tokens = self.count_tokens(text)
         maximum = self.config.max_tokens
         if maximum is not None and num_tokens > maximum:
@@ -179,7 +202,7 @@ class Cleaner:
             return drop("too_short", f"{num_tokens} tokens")
         return replace(document, text=text, language=language, num_tokens=num_tokens)
 
-    def _mend(self, text: str, is_code: bool) -> str:
+    def _repair(self, text: str, is_code: bool) -> str:
         config = self.config
         text = _SURROGATE.sub("\ufffd", text)
         text = re.sub(r"\r\n?|[\x85\u2028\u2029]", "\n", text)
@@ -199,26 +222,15 @@ class Cleaner:
             text = break_special_tokens(text, self.special_tokens)
         return text.strip("\n") if text.strip() else ""
 
-    def _poor(self, text: str) -> tuple[str, str] | None:
-        characters = "".join(text.split())
-        share = sum(map(_is_letter, characters[:100_000])) / max(1, len(characters[:100_000]))
-        if share < self.config.min_letter_share:
-            return "mostly_symbols", f"{share:.2f} of it are letters"
-        lines = Counter(line.strip() for line in text.splitlines() if line.strip())
-        share = max(lines.values()) / lines.total()
-        if lines.total() >= 10 and share > self.config.max_repeated_line_share:
-            return "repetitive", f"{share:.2f} of its lines are {lines.most_common(1)[0][0]!r:.60}"
-        return None
-
-    def _language(self, text: str, document: Document) -> tuple[str | None, tuple[str, str] | None]:
-        """The language, or why the document has none that will do. Code is in that of its comments, or in English."""
+    def _language(self, document: Document) -> tuple[str | None, Rejection | None]:
+        """The language, or why none can be used. Code is in that of its comments, or in English."""
         stated = document.language
         if document.kind == "code":
             stated = stated or "en"
         elif self.config.identify_language:
-            found, confidence = identify(_samples(text))
+            found, confidence = identify(_samples(document.text))
             if stated is None and found is None:
-                return None, ("unknown_language", f"{text[:60]!r}")
+                return None, ("unknown_language", f"{document.text[:60]!r}")
             if stated is not None and found not in (stated, None) and confidence >= _CERTAIN:
                 return None, ("wrong_language", f"{found} ({confidence:.2f}), not {stated}")
             stated = stated or found
@@ -275,7 +287,7 @@ def _identifier():
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise ImportError(
-            "Recognising languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+            "Recognizing languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
         ) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
@@ -285,7 +297,7 @@ def _fix_encoding(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise ImportError(
-            "Mending encodings needs `ftfy`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+            "Repairing encodings needs `ftfy`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
         ) from error
     options = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False)
     for _ in range(4):  # text that was decoded wrongly twice
