@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dgrpo_trl.llm import Completion, RequestFailed, ServerRefused
 from dgrpo_trl.longblocks.builder.cleaning import identify
-from dgrpo_trl.longblocks.questions.llm_engine import NOT_STATED
+from dgrpo_trl.longblocks.questions.languages import LANGUAGES, not_stated
 from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree
 from dgrpo_trl.longblocks.records import Evidence, Row
 
@@ -308,12 +308,12 @@ def test_a_long_answer_in_another_language_leaves():
 
 
 def unanswerable(language="en"):
-    return make_row(task="unanswerable", evidence=(), answer=NOT_STATED[language], language=language)
+    return make_row(task="unanswerable", evidence=(), answer=not_stated(language), language=language)
 
 
-@pytest.mark.parametrize("language", list(NOT_STATED))
+@pytest.mark.parametrize("language", list(LANGUAGES))
 def test_a_question_without_an_answer_stays_where_the_model_says_so(language):
-    say = lambda prompt, sample: f"{NOT_STATED[language]}."  # noqa: E731
+    say = lambda prompt, sample: f"{not_stated(language)}."  # noqa: E731
     config = {"not_answerable": True, "agreement": "judge", "language": False, **MODEL_CHECKS}
     row, drop, answerer, judge = verify(unanswerable(language), say, **config)
     assert drop is None and [check.name for check in row.checks] == ["evidence_span", "not_answerable"]

@@ -8,6 +8,8 @@ from typing import Literal
 
 
 Kind = Literal["text", "markdown", "code"]
+# The task of questions that the document does not answer
+UNANSWERABLE = "unanswerable"
 
 
 @dataclass(frozen=True)

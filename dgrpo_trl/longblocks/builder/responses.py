@@ -7,8 +7,8 @@ from pydantic import Field
 
 from ...llm import ChatClient, RequestFailed
 from ...strict_model import StrictModel
-from ..questions.verification import UNANSWERABLE, Identify, answers_agree, other_language
-from ..records import Drop, Row
+from ..questions.verification import Identify, answers_agree, other_language
+from ..records import UNANSWERABLE, Drop, Row
 
 
 STAGE = "responses"

@@ -171,7 +171,7 @@ def _without_long_stretches(document: str) -> Iterator[Span]:
 
 def blocks_at(document: str, spans: Iterable[Span]) -> list[Block]:
     """The blocks at given offsets, in order, with their ids; white space at their ends, and empty spans, left out."""
-    repeats = Counter()
+    repeats: Counter[str] = Counter()
     blocks = []
     for span in spans:
         start, end = _trimmed(document, span)
@@ -248,7 +248,8 @@ def _links(
 
     known = [term for term in counts[index] if term in postings]
     query = nsmallest(_MAX_QUERY_TERMS, known, key=lambda term: (-counts[index][term] * idf(term), term))
-    scores, num_shared = Counter(), Counter()
+    scores: defaultdict[int, float] = defaultdict(float)
+    num_shared: Counter[int] = Counter()
     for term in query:
         weight = idf(term) * (_BM25_K1 + 1)
         for other in postings[term]:

@@ -3,7 +3,7 @@
 Each fact is one sentence. One of them, or several that belong together, answer the question; the others have the same
 form and a similar subject, so that the reader must find the right ones: matching the form alone is not enough.
 
-| task | fact | question |
+| kind | fact | question |
 | --- | --- | --- |
 | `lookup_number` | The church of Ashwick has 412 windows. | How many windows does the church of Ashwick have? |
 | `lookup_name` | The baker of Ashwick is Clara. | Who is the baker of Ashwick? |
@@ -15,12 +15,12 @@ import copy
 import hashlib
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 
-FACT_TASKS = ("lookup_number", "lookup_name", "two_hop")
-SPLITS = ("train", "test")
+T = TypeVar("T")
 
 _PLACE_HEADS = (
     "Ash Ald Bar Birch Brad Bridge Clay Cliff Cross Dun East Elm Fair Farn Glen Green Hart Hazel High Holm King "
@@ -75,10 +75,6 @@ def _share(text: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _split_of(text: str, seed: int, test_share: float) -> str:
-    return "test" if _share(text, seed) < test_share else "train"
-
-
 @dataclass(frozen=True)
 class Case:
     """The facts of one row, before they are written into a text."""
@@ -98,63 +94,73 @@ class Facts:
             Seed of the split.
         test_share (`float`):
             Share of places, people and numbers that are kept for `"test"`, between 0 and 1.
+        split (`str`, *optional*):
+            Use only those of `"train"` or `"test"`; all of them by default.
     """
 
-    def __init__(self, seed: int, test_share: float):
-        def by_split(items) -> dict[str | None, list]:
-            groups = {split: [] for split in SPLITS}
+    def __init__(self, seed: int, test_share: float, split: str | None):
+        def own(items: Iterable[T]) -> list[T]:
+            train: list[T] = []
+            test: list[T] = []
             for item in items:
-                groups[_split_of(str(item), seed, test_share)].append(item)
-            return {**groups, None: [*groups["train"], *groups["test"]]}
+                (test if _share(str(item), seed) < test_share else train).append(item)
+            return {"train": train, "test": test, None: [*train, *test]}[split]
 
-        self._places = by_split(head + tail for head in _PLACE_HEADS for tail in _PLACE_TAILS)
-        self._people = by_split(_PEOPLE)
-        self._numbers = by_split(range(101, 1000))
-
-    def numbers(self, split: str | None) -> list[int]:
-        """The numbers of a split; of both for `None`."""
-        return self._numbers[split]
+        self._places = own(head + tail for head in _PLACE_HEADS for tail in _PLACE_TAILS)
+        self._people = own(_PEOPLE)
+        self.numbers = own(range(101, 1000))
 
     def without(self, words: Collection[str]) -> "Facts":
         """The same without the names and numbers that are among the words of a text."""
         facts = copy.copy(self)
-        for name, groups in vars(self).items():
-            kept = {split: [item for item in items if str(item) not in words] for split, items in groups.items()}
-            setattr(facts, name, kept)
+        for name, items in vars(self).items():
+            setattr(facts, name, [item for item in items if str(item) not in words])
         return facts
 
-    def max_near_misses(self, split: str | None) -> int:
-        """The largest number of near misses for which there are names, places and numbers enough."""
-        return min(len(self._places[split]), len(self._people[split]), len(self._numbers[split]) // 2) - 3
+    @property
+    def max_near_misses(self) -> int:
+        """The largest number of near misses for which there are enough names, places and numbers."""
+        return min(len(self._places), len(self._people), len(self.numbers) // 2) - 3
 
-    def case(self, rng: random.Random, split: str | None, task: str, num_near_misses: int) -> Case:
-        if task not in FACT_TASKS:
-            raise ValueError(f"`task` must be one of {FACT_TASKS}, got {task!r}.")
-        num_subjects = num_near_misses + 1
-        places = self._similar_places(rng, split, num_subjects)
-        if task == "lookup_name":
-            relation, other_relation = rng.sample(_NAME_RELATIONS, 2)
-            values = rng.sample(self._people[split], num_subjects)
-        else:
-            relation, other_relation = rng.sample(_NUMBER_RELATIONS, 2)
-            values = [str(number) for number in rng.sample(self._numbers[split], num_subjects)]
+    def lookup_number(self, rng: random.Random, num_near_misses: int) -> Case:
+        """A question that one fact answers, with a number."""
+        return self._lookup(rng, num_near_misses, _NUMBER_RELATIONS, list(map(str, self.numbers)))
 
-        fact, question = relation
+    def lookup_name(self, rng: random.Random, num_near_misses: int) -> Case:
+        """A question that one fact answers, with a name."""
+        return self._lookup(rng, num_near_misses, _NAME_RELATIONS, self._people)
+
+    def _lookup(
+        self,
+        rng: random.Random,
+        num_near_misses: int,
+        relations: tuple[tuple[str, str], ...],
+        values: list[str],
+    ) -> Case:
+        places = self._similar_places(rng, num_near_misses + 1)
+        (fact, question), (other_fact, _) = rng.sample(relations, 2)
+        values = rng.sample(values, num_near_misses + 1)
         facts = [fact.format(place=place, value=value) for place, value in zip(places, values, strict=True)]
-        if task != "two_hop":
-            # One near miss keeps the subject and changes the relation; the others do the reverse.
-            facts[-1] = other_relation[0].format(place=places[0], value=values[-1])
-            return Case(
-                question=question.format(place=places[0]),
-                answer=values[0],
-                evidence=(facts[0],),
-                near_misses=tuple(facts[1:]),
-                entities=(*places, *values),
-            )
-        # Half as many chains as near misses, as each is two facts, and never fewer than two beside the right one.
+        # One near miss keeps the subject and changes the relation; the others do the reverse
+        facts[-1] = other_fact.format(place=places[0], value=values[-1])
+        return Case(
+            question=question.format(place=places[0]),
+            answer=values[0],
+            evidence=(facts[0],),
+            near_misses=tuple(facts[1:]),
+            entities=(*places, *values),
+        )
+
+    def two_hop(self, rng: random.Random, num_near_misses: int) -> Case:
+        """A question that needs two facts: where somebody lives, and a number there."""
+        places = self._similar_places(rng, num_near_misses + 1)
+        fact, question = rng.sample(_NUMBER_RELATIONS, 2)[0]
+        values = [str(number) for number in rng.sample(self.numbers, num_near_misses + 1)]
+        # Half as many chains as near misses, as each is two facts, and never fewer than two besides the right one
         num_chains = 1 + max(2, num_near_misses // 2)
-        people = rng.sample(self._people[split], num_chains)
-        places, values, facts = places[:num_chains], values[:num_chains], facts[:num_chains]
+        people = rng.sample(self._people, num_chains)
+        places, values = places[:num_chains], values[:num_chains]
+        facts = [fact.format(place=place, value=value) for place, value in zip(places, values, strict=True)]
         homes = [_HOME.format(person=person, place=place) for person, place in zip(people, places, strict=True)]
         return Case(
             question=question.format(place=f"the town where {people[0]} lives"),
@@ -164,14 +170,14 @@ class Facts:
             entities=(*people, *places, *values),
         )
 
-    def multi_hop(self, rng: random.Random, split: str | None, num_near_misses: int) -> Case:
+    def multi_hop(self, rng: random.Random, num_near_misses: int) -> Case:
         """A question that needs four facts: a sum, a difference, or who holds an office in the town with the most."""
         (building, buildings, things), (other_building, _, other_things) = rng.sample(_COUNTED, 2)
         num_places = num_near_misses + 3
-        places = self._similar_places(rng, split, num_places)
-        people = rng.sample(self._people[split], num_places)
-        values = rng.sample(self._numbers[split], num_places)
-        other_values = rng.sample([n for n in self._numbers[split] if n not in set(values)], 2)
+        places = self._similar_places(rng, num_places)
+        people = rng.sample(self._people, num_places)
+        values = rng.sample(self.numbers, num_places)
+        other_values = rng.sample([n for n in self.numbers if n not in set(values)], 2)
         facts = [
             f"The {building} of {place} has {value} {things}." for place, value in zip(places, values, strict=True)
         ]
@@ -210,9 +216,9 @@ class Facts:
         entities = (*places, *people, *map(str, (*values, *other_values)))
         return Case(question, answer, evidence, tuple(near_misses), entities)
 
-    def _similar_places(self, rng: random.Random, split: str | None, num_places: int) -> list[str]:
+    def _similar_places(self, rng: random.Random, num_places: int) -> list[str]:
         """Places of which the later ones share, as far as there are any, their head with the first."""
-        places = self._places[split]
+        places = self._places
         first = rng.choice(places)
         head = max((h for h in _PLACE_HEADS if first.startswith(h)), key=len)
         similar = [place for place in places if place.startswith(head) and place != first]

@@ -1,93 +1,97 @@
 """The `llm` engine: a model writes questions on the blocks of a document, in the document's language.
 
 Each question is one request. It shows some blocks, related ones that lie far apart where the task needs several, and
-asks for a question, its answer, and the blocks that the answer rests on.
-
-| reason of a drop | what it says |
-| --- | --- |
-| `too_few_blocks` | the document has fewer blocks than the task needs |
-| `malformed_reply` | the reply holds no JSON object, or one that breaks off |
-| `no_question`, `no_answer` | it holds no question, or no answer, of a sensible length |
-| `unknown_evidence` | it names a block that was not shown |
-| `too_few_evidence_blocks` | it names fewer blocks than the task needs |
-| `wrong_language` | its question or its answer is in another language than the document |
-
-and the reasons of [`llm.failures`]. A reply with one of these faults, or refused, is drawn again; the last draw's
-reason counts.
+asks for a question, its answer, and the blocks that the answer rests on. A reply without one of these, or refused, is
+drawn again; the last draw's reason counts. A new task is a line in `LLM_TASKS`.
 """
 
 import asyncio
 import random
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ...llm import ChatClient, RequestFailed, parse_object, quote
 from ...strict_model import StrictModel
-from ..records import Document, Drop, Evidence, Row
+from ..records import UNANSWERABLE, Document, Drop, Evidence, Row
 from .blocks import Block
-from .verification import UNANSWERABLE, Identify, other_language
+from .languages import language_name, not_stated, or_say_not_stated
+from .verification import Identify, other_language
 
 
 STAGE = "questions"
 
-TASKS = ("multi_hop", "grounding", "long_form", "aggregation", "comparison", "code", UNANSWERABLE)
-# Answers rest on at least so many blocks
-MIN_EVIDENCE_BLOCKS = {
-    "multi_hop": 2,
-    "grounding": 1,
-    "long_form": 1,
-    "aggregation": 2,
-    "comparison": 2,
-    "code": 1,
-    "unanswerable": 0,
-}
-_CODE_TASKS = ("code", "grounding", "multi_hop", "unanswerable")
-_INSTRUCTIONS = {
-    "multi_hop": "Whoever answers must find one fact, which leads to the place of the next, until the last gives the "
-    "answer. No block alone is enough, and the answer is a name, a number or a short phrase.",
-    "grounding": "The question asks for one precise fact that only a careful reader of the text knows. The answer is "
-    "a name, a number or a short phrase, in the words of the text.",
-    "long_form": "The question asks for an explanation. A good answer takes a paragraph of three to six sentences, "
-    "each of which the text supports.",
-    "aggregation": "The question asks to gather or count several things that stand in different blocks. The answer is "
-    "a number or a complete list.",
-    "comparison": "The question compares two or more things that are told of in different blocks. The answer says "
-    "which, and in half a sentence why.",
-    "code": "The question is about what the code does: what a call returns, which branch is taken, what depends on "
-    "what. The answer can be worked out from the code, and is a value, a name or a short phrase.",
-    "unanswerable": "The question looks as if the text answered it: it speaks of people, things or functions of the "
-    "text. But the text does not say the answer, and no one could infer it.",
-}
-# The answer to a question that the document does not answer, by language
-NOT_STATED = {
-    "en": "not stated in the document",
-    "de": "im Dokument nicht angegeben",
-    "fr": "non indiqué dans le document",
-    "es": "no se indica en el documento",
-    "it": "non indicato nel documento",
-    "pt": "não indicado no documento",
-    "nl": "niet vermeld in het document",
-    "pl": "nie podano w dokumencie",
-    "ru": "в документе не указано",
-    "uk": "у документі не вказано",
-    "sv": "anges inte i dokumentet",
-    "ja": "文書に記載なし",
-    "zh": "文档中未说明",
-    "ar": "غير مذكور في المستند",
-    "cs": "v dokumentu není uvedeno",
-    "da": "ikke angivet i dokumentet",
-    "el": "δεν αναφέρεται στο έγγραφο",
-    "fa": "در سند ذکر نشده است",
-    "fi": "ei mainita asiakirjassa",
-    "hi": "दस्तावेज़ में नहीं बताया गया है",
-    "hu": "a dokumentumban nem szerepel",
-    "id": "tidak disebutkan dalam dokumen",
-    "ko": "문서에 나와 있지 않음",
-    "ro": "nu este menționat în document",
-    "tr": "belgede belirtilmemiş",
-    "vi": "không được nêu trong tài liệu",
+# From a reason and a detail
+MakeDrop = Callable[..., Drop]
+
+
+@dataclass(frozen=True)
+class LLMTask:
+    """A kind of question.
+
+    Args:
+        weight (`float`):
+            Its share of the questions on text, where the configuration does not say.
+        instruction (`str`):
+            What the writer is told.
+        min_evidence_blocks (`int`, *optional*, defaults to 1):
+            An answer rests on at least this many blocks.
+        is_for_code (`bool`, *optional*, defaults to `False`):
+            Whether it is asked of code too.
+    """
+
+    weight: float
+    instruction: str
+    min_evidence_blocks: int = 1
+    is_for_code: bool = False
+
+
+LLM_TASKS = {
+    "multi_hop": LLMTask(
+        0.3,
+        "Whoever answers must find one fact, which leads to the place of the next, until the last gives the answer. "
+        "No block alone is enough, and the answer is a name, a number or a short phrase.",
+        min_evidence_blocks=2,
+        is_for_code=True,
+    ),
+    "grounding": LLMTask(
+        0.2,
+        "The question asks for one precise fact that only a careful reader of the text knows. The answer is a name, a "
+        "number or a short phrase, in the words of the text.",
+        is_for_code=True,
+    ),
+    "long_form": LLMTask(
+        0.15,
+        "The question asks for an explanation. A good answer takes a paragraph of three to six sentences, each of "
+        "which the text supports.",
+    ),
+    "aggregation": LLMTask(
+        0.15,
+        "The question asks to gather or count several things that stand in different blocks. The answer is a number "
+        "or a complete list.",
+        min_evidence_blocks=2,
+    ),
+    "comparison": LLMTask(
+        0.15,
+        "The question compares two or more things that are told of in different blocks. The answer says which, and in "
+        "half a sentence why.",
+        min_evidence_blocks=2,
+    ),
+    "code": LLMTask(  # instead of those of prose, where the document is code
+        0.0,
+        "The question is about what the code does: what a call returns, which branch is taken, what depends on what. "
+        "The answer can be worked out from the code, and is a value, a name or a short phrase.",
+        is_for_code=True,
+    ),
+    UNANSWERABLE: LLMTask(
+        0.05,
+        "The question looks as if the text answered it: it speaks of people, things or functions of the text. But the "
+        "text does not say the answer, and no one could infer it.",
+        min_evidence_blocks=0,
+        is_for_code=True,
+    ),
 }
 _SCHEMA = {
     "type": "object",
@@ -128,14 +132,7 @@ class LLMEngineConfig(StrictModel):
     server: str = Field(description="Name of the writer among `servers`.")
     questions_per_document: int = Field(2, ge=1, description="Questions asked of the writer for each document.")
     tasks: dict[str, float] = Field(
-        default={
-            "multi_hop": 0.3,
-            "grounding": 0.2,
-            "long_form": 0.15,
-            "aggregation": 0.15,
-            "comparison": 0.15,
-            "unanswerable": 0.05,
-        },
+        default={name: task.weight for name, task in LLM_TASKS.items() if task.weight > 0},
         description="Weights of the tasks of text. Code has `code` instead of those that need prose.",
     )
     min_blocks: int = Field(3, ge=2, description="Blocks shown at least for a task that needs several.")
@@ -159,9 +156,11 @@ class LLMEngineConfig(StrictModel):
     @field_validator("tasks")
     @classmethod
     def _check_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(tasks) - set(TASKS))
+        unknown = sorted(set(tasks) - set(LLM_TASKS))
         if unknown or not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
-            raise ValueError(f"`tasks` are {tasks}. Give weights of some of {', '.join(TASKS)}, not all of them 0.")
+            raise ValueError(
+                f"`tasks` are {tasks}. Give weights of some of {', '.join(LLM_TASKS)}, not all of them 0."
+            )
         return tasks
 
     @model_validator(mode="after")
@@ -194,7 +193,7 @@ class LLMEngine:
     async def rows(
         self, document: Document, blocks: list[Block], links: list[list[int]]
     ) -> tuple[list[Row], list[Drop]]:
-        """Questions on one document, and what came to nothing.
+        """Questions on one document, and those that could not be made.
 
         Args:
             document ([`~records.Document`]):
@@ -216,33 +215,37 @@ class LLMEngine:
         rng = random.Random(f"{self.config.seed}:{document.id}:{number}")
         task = self._task(rng, document)
         shown = self._choose(rng, task, len(blocks), links)
-        if len(shown) < max(1, MIN_EVIDENCE_BLOCKS[task]):
+        if len(shown) < max(1, LLM_TASKS[task].min_evidence_blocks):
             return drop("too_few_blocks", f"{len(blocks)} for {task}")
-        chosen = [blocks[index] for index in shown]
-        messages = [{"role": "user", "content": _prompt(document, task, chosen)}]
+        row = await self._write(document, task, [blocks[index] for index in shown], drop)
+        if isinstance(row, Row) and (task == UNANSWERABLE or rng.random() < self.config.not_stated_share):
+            return replace(row, question=f"{row.question} ({or_say_not_stated(row.language)})")
+        return row
+
+    async def _write(self, document: Document, task: str, shown: list[Block], drop: MakeDrop) -> Row | Drop:
+        """The first reply that is a row; the reason of the last one if none is."""
+        messages = [{"role": "user", "content": _prompt(document, task, shown)}]
+        result: Row | Drop
         for sample in range(1 if self.client.config.temperature == 0 else self.config.max_draws):
             try:
                 completion = await self.client.complete(
                     messages, max_tokens=self.config.max_tokens, schema=_SCHEMA, sample=sample
                 )
             except RequestFailed as error:
-                row = drop(error.reason, error.detail)
+                result = drop(error.reason, error.detail)
                 if error.reason == "refused_content":
                     continue
-                break  # the client has tried as often as it helps
-            row = self._read(document, task, chosen, completion.text, drop)
-            if isinstance(row, Row):
-                break
-        if isinstance(row, Row) and (task == UNANSWERABLE or rng.random() < self.config.not_stated_share):
-            clause = OR_SAY.get(row.language, OR_SAY["en"]).format(not_stated(row.language))
-            return replace(row, question=f"{row.question} ({clause})")
-        return row
+                return result  # the client has tried as often as it helps
+            result = self._read(document, task, shown, completion.text, drop)
+            if isinstance(result, Row):
+                return result
+        return result
 
     def _task(self, rng: random.Random, document: Document) -> str:
         weights = dict(self.config.tasks)
         if document.kind == "code":
-            of_prose = sum(weight for task, weight in weights.items() if task not in _CODE_TASKS)
-            weights = {task: weight for task, weight in weights.items() if task in _CODE_TASKS}
+            of_prose = sum(weight for task, weight in weights.items() if not LLM_TASKS[task].is_for_code)
+            weights = {task: weight for task, weight in weights.items() if LLM_TASKS[task].is_for_code}
             weights["code"] = weights.get("code", 0) + of_prose
         else:
             weights.pop("code", None)
@@ -255,7 +258,7 @@ class LLMEngine:
         if num_blocks == 0:
             return []
         wanted = rng.randint(self.config.min_blocks, self.config.max_blocks)
-        if MIN_EVIDENCE_BLOCKS[task] <= 1:
+        if LLM_TASKS[task].min_evidence_blocks <= 1:
             wanted = min(wanted, 2)
         linked = [index for index in range(num_blocks) if links[index]]
         chosen = [rng.choice(linked or range(num_blocks))]
@@ -265,10 +268,10 @@ class LLMEngine:
         missing = min(wanted - len(chosen), len(others))
         return sorted(chosen + (rng.sample(others, missing) if missing > 0 else []))
 
-    def _read(self, document: Document, task: str, shown: list[Block], text: str, drop) -> Row | Drop:
+    def _read(self, document: Document, task: str, shown: list[Block], text: str, drop: MakeDrop) -> Row | Drop:
         """The row that a reply describes."""
         try:
-            # What breaks off could be mended, but not what its answer lost
+            # What breaks off could be repaired, but not what its answer lost
             reply = parse_object(text) if text.rfind("}") > text.find("{") else {}
         except ValueError:
             reply = {}
@@ -287,7 +290,7 @@ class LLMEngine:
             labels = _labels(reply.get("evidence"))
             if unknown := [label for label in labels if label not in by_label]:
                 return drop("unknown_evidence", f"{unknown[0]!r:.80} for {question}")
-            if len(labels) < MIN_EVIDENCE_BLOCKS[task]:
+            if len(labels) < LLM_TASKS[task].min_evidence_blocks:
                 return drop("too_few_evidence_blocks", f"{len(labels)} for {task}: {question}")
             evidence = sorted((by_label[label] for label in labels), key=lambda block: block.start)
         texts = {"question": question} if task == UNANSWERABLE else {"question": question, "answer": answer}
@@ -304,85 +307,14 @@ class LLMEngine:
         )
 
 
-# What a question ends with that the document may not answer
-OR_SAY = {
-    "en": 'If the document does not say it, answer "{}".',
-    "de": "Falls es nicht im Dokument steht, antworte „{}“.",
-    "fr": "Si le document ne le dit pas, répondez « {} ».",
-    "es": "Si el documento no lo dice, responde «{}».",
-    "it": "Se il documento non lo dice, rispondi «{}».",
-    "pt": "Se o documento não o disser, responda «{}».",
-    "nl": 'Als het document het niet zegt, antwoord dan "{}".',
-    "pl": "Jeśli dokument tego nie podaje, odpowiedz „{}”.",
-    "ru": "Если в документе этого нет, ответьте «{}».",
-    "uk": "Якщо в документі цього немає, дайте відповідь «{}».",
-    "sv": 'Om dokumentet inte säger det, svara "{}".',
-    "ja": "文書に書かれていない場合は「{}」と答えてください。",
-    "zh": "如果文档中没有说明，请回答“{}”。",
-    "ar": "إذا لم يذكر المستند ذلك، فأجب «{}».",
-    "cs": "Pokud to v dokumentu není, odpověz „{}“.",
-    "da": 'Hvis dokumentet ikke siger det, så svar "{}".',
-    "el": "Αν το έγγραφο δεν το λέει, απάντησε «{}».",
-    "fa": "اگر سند آن را نگفته است، پاسخ بده «{}».",
-    "fi": 'Jos asiakirja ei kerro sitä, vastaa "{}".',
-    "hi": 'यदि दस्तावेज़ यह नहीं बताता, तो उत्तर दें "{}"।',
-    "hu": "Ha a dokumentumban nem szerepel, a válasz legyen „{}”.",
-    "id": 'Jika dokumen tidak menyebutkannya, jawab "{}".',
-    "ko": '문서에 나와 있지 않으면 "{}"이라고 답하세요.',
-    "ro": "Dacă documentul nu spune acest lucru, răspunde „{}”.",
-    "tr": 'Belgede yoksa "{}" diye yanıtla.',
-    "vi": 'Nếu tài liệu không nêu điều đó, hãy trả lời "{}".',
-}
-
-
-def not_stated(language: str) -> str:
-    """The answer to a question that the document does not answer."""
-    return NOT_STATED.get(language, NOT_STATED["en"])
-
-
 def _prompt(document: Document, task: str, blocks: list[Block]) -> str:
     labelled = (f"B{number}:\n{quote(block.text, 'block')}" for number, block in enumerate(blocks, start=1))
     return _PROMPT.format(
         what="source file" if document.kind == "code" else "document",
-        instruction=_INSTRUCTIONS[task],
+        instruction=LLM_TASKS[task].instruction,
         language=language_name(document.language or "en"),
         blocks="\n\n".join(labelled),
     )
-
-
-def language_name(code: str) -> str:
-    """English name of a language, for a prompt."""
-    return _LANGUAGE_NAMES.get(code, f"the language with the ISO 639 code {code!r}")
-
-
-_LANGUAGE_NAMES = {
-    "ar": "Arabic",
-    "cs": "Czech",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "fa": "Persian",
-    "fi": "Finnish",
-    "fr": "French",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "sv": "Swedish",
-    "tr": "Turkish",
-    "uk": "Ukrainian",
-    "vi": "Vietnamese",
-    "zh": "Chinese",
-}
 
 
 def _text(value: Any) -> str:

@@ -4,24 +4,20 @@ A row's document is a window of a real one, of a chosen length. The task decides
 
 | task | in the window | languages |
 | --- | --- | --- |
-| `lookup_number`, `lookup_name`, `two_hop` | facts among near misses, see [`rules`] | English, code |
+| `lookup_number`, `lookup_name`, `two_hop` | facts among near misses, see [`facts`] | English, code |
 | `multi_hop` | the same: a sum or a difference of two places, or an office in the largest of three | English, code |
-| `key_chain` | notes that lead from key to key, to a number; other chains beside | all in `TEMPLATES`, code |
-| `reconstruction` | blocks taken out, whose order is asked for | all in `TEMPLATES`, code |
-| `counting` | nothing: how often does a word occur? | those with spaces, code |
-| `unanswerable` | a chain, or facts (English, code), without the last of those needed | all in `TEMPLATES`, code |
+| `key_chain` | notes that lead from key to key, to a number; other chains besides | with these phrases, code |
+| `reconstruction` | blocks taken out, whose order is asked for | with these phrases, code |
+| `counting` | nothing: how often does a word occur? | with this phrase, code |
+| `unanswerable` | a chain, or facts (English, code), without the last of those needed | with these phrases, code |
+
+The phrases of a language are in `languages.yaml`. A new task is a method of [`RuleEngine`] and a line in `TASKS`.
 
 The evidence of `reconstruction` is each mark of a gap with the blocks around it; that of `counting` is the blocks that
 hold the word. Code gets its facts as comments above a line, Markdown as paragraphs of their own.
 
 Names, places and numbers belong to one split; sums, differences, counts and orders of gaps are of no split, nor are
 documents: those of an evaluation set must be others.
-
-| reason of a drop | what it says |
-| --- | --- |
-| `no_template_for_language` | no task can be asked in its language |
-| `too_short_for_task` | the document has too few blocks |
-| `no_fit` | no facts, gaps or words could be found that make the answer certain within the length |
 """
 
 import itertools
@@ -31,39 +27,30 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
+from functools import partial
 from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ...strict_model import StrictModel
-from ..records import Document, Drop, Evidence, Kind, Row
+from ..records import UNANSWERABLE, Document, Drop, Evidence, Row
 from ..sources.files import comment_prefix
-from .blocks import Block, blocks_at, terms
-from .facts import FACT_TASKS, Case, Facts, count_word
-from .llm_engine import OR_SAY, not_stated
+from .blocks import Block, terms
+from .facts import Case, Facts, count_word
+from .languages import LANGUAGES, not_stated, or_say_not_stated
+from .windows import Draft, Window, assemble, choose_window, insert_facts
 
 
 STAGE = "questions"
 
-ENGLISH_TASKS = (*FACT_TASKS, "multi_hop")
-TASKS = (*ENGLISH_TASKS, "key_chain", "reconstruction", "counting", "unanswerable")
 _ATTEMPTS = 8
 
-# Where a sentence of any language ends, and not only an abbreviation: what follows is white space, save after `。`
-_SENTENCE_END = re.compile(r"(?:(?<=\w{4}[.!?…؟।])|(?<=\w{4}[.!?…؟।][\"'”’)»]))\s+(?=\S)|[。！？][」』”’）]*")
 # Words of which it is not certain whether they are whole: "couldn't", "well-known", and one that a hyphen parts
 _JOINED = re.compile(r"\w+(?:['’‐‑-](?:[ \t]*\r?\n[ \t]*)?\w+)+")
 # Accents that are characters of their own, soft hyphens and other invisible characters
 _MARKS = ("Mn", "Mc", "Me", "Cf")
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 GAP = "[[GAP {number}]]"
-# What the engine says, by language: see the file
-TEMPLATES: dict[str, dict[str, str]] = yaml.safe_load(
-    (resources.files(__package__) / "templates.yaml").read_text(encoding="utf-8")
-)
 
 
 class RuleEngineConfig(StrictModel):
@@ -71,16 +58,7 @@ class RuleEngineConfig(StrictModel):
 
     engine: Literal["rule"]
     tasks: dict[str, float] = Field(
-        default={
-            "lookup_number": 0.1,
-            "lookup_name": 0.1,
-            "two_hop": 0.15,
-            "multi_hop": 0.15,
-            "key_chain": 0.2,
-            "reconstruction": 0.15,
-            "counting": 0.1,
-            "unanswerable": 0.05,
-        },
+        default_factory=lambda: {name: task.weight for name, task in TASKS.items()},
         description="Weights of the tasks; those that cannot be asked of a document are left out for it.",
     )
     rows_per_document: int = Field(4, ge=1, description="Questions on a document.")
@@ -130,14 +108,25 @@ class RuleEngineConfig(StrictModel):
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A row before its blocks are cut: the text in pieces, of which some are evidence."""
+class Task:
+    """A kind of question.
 
-    pieces: list[str]
-    between: list[str]  # white space before each piece
-    evidence: set[int]
-    question: str
-    answer: str
+    Args:
+        weight (`float`):
+            Its share of the rows, where the configuration does not say.
+        draft (`Callable`):
+            Method of [`RuleEngine`]: makes a draft of a window, `None` if it does not fit with these draws.
+        phrase (`str`, *optional*):
+            What `languages.yaml` must hold for a language to be asked in it. By default, only English is.
+    """
+
+    weight: float
+    draft: "Callable[[RuleEngine, random.Random, Window], Draft | None]"
+    phrase: str | None = None
+
+    def has_language(self, language: str) -> bool:
+        """Whether it can be asked in a language."""
+        return language == "en" if self.phrase is None else self.phrase in LANGUAGES.get(language, {})
 
 
 class RuleEngine:
@@ -153,12 +142,12 @@ class RuleEngine:
     def __init__(self, config: RuleEngineConfig, count_tokens: Callable[[str], int]):
         self.config = config
         self.count_tokens = count_tokens
-        self.facts = Facts(config.seed, config.test_share)
+        self.facts = Facts(config.seed, config.test_share, config.split)
 
     async def rows(
         self, document: Document, blocks: list[Block], links: list[list[int]]
     ) -> tuple[list[Row], list[Drop]]:
-        """Questions on one document, and what came to nothing.
+        """Questions on one document, and those that could not be made.
 
         Args:
             document ([`~records.Document`]):
@@ -168,11 +157,12 @@ class RuleEngine:
             links (`list[list[int]]`):
                 Not used: facts decide what belongs together.
         """
-        if document.num_tokens is None:
-            document = replace(document, num_tokens=self.count_tokens(document.text))
-        rows, drops, questions = [], [], set()
+        num_tokens = self.count_tokens(document.text) if document.num_tokens is None else document.num_tokens
+        rows: list[Row] = []
+        drops: list[Drop] = []
+        questions: set[str] = set()
         for number in range(self.config.rows_per_document):
-            result = self._row(document, blocks, number)
+            result = self._row(document, num_tokens, blocks, number)
             if isinstance(result, Row) and result.question in questions:
                 result = Drop(STAGE, document.source, f"{document.id}:{number}", "no_fit", "the same question again")
             if isinstance(result, Row):
@@ -182,29 +172,35 @@ class RuleEngine:
                 drops.append(result)
         return rows, drops
 
-    def _row(self, document: Document, blocks: list[Block], number: int) -> Row | Drop:
+    def _row(self, document: Document, num_tokens: int, blocks: list[Block], number: int) -> Row | Drop:
         def drop(reason: str, detail: str = "") -> Drop:
             return Drop(STAGE, document.source, f"{document.id}:{number}", reason, detail)
 
         rng = random.Random(f"{self.config.seed}:{document.id}:{number}")
         language = document.language or "en"
-        weights = self._weights(document, language)
+        weights = {
+            name: weight
+            for name, weight in self.config.tasks.items()
+            if weight > 0 and TASKS[name].has_language(language)
+        }
         if not weights:
             return drop("no_template_for_language", language)
         if len(blocks) < 3:
             return drop("too_short_for_task", f"{len(blocks)} blocks")
         task = rng.choices(list(weights), list(weights.values()))[0]
         length = self.config.lengths[number % len(self.config.lengths)]
-        max_tokens = length and int(length * 0.9)
+        max_tokens = int((length or 0) * 0.9)
         for _ in range(_ATTEMPTS):
-            window = blocks if length is None else self._window(rng, document, blocks, max_tokens)
-            draft = self._draft(rng, task, document, language, window)
+            chosen = blocks if length is None else choose_window(rng, document, num_tokens, blocks, max_tokens)
+            if len(chosen) < 3:
+                continue
+            draft = TASKS[task].draft(self, rng, Window.of(document, num_tokens, language, chosen))
             if draft is None:
                 continue
-            text, row_blocks = _assemble(draft)
-            num_tokens = self.count_tokens(f"{text}\n\n{draft.question}")
-            if length is not None and num_tokens > length:
-                max_tokens -= num_tokens - length + length // 50 + 1
+            text, row_blocks = assemble(draft)
+            row_tokens = self.count_tokens(f"{text}\n\n{draft.question}")
+            if length is not None and row_tokens > length:
+                max_tokens -= row_tokens - length + length // 50 + 1
                 continue
             return Row(
                 document_id=document.id,
@@ -218,107 +214,33 @@ class RuleEngine:
                 ),
                 document=text,
             )
-        return drop("no_fit", f"{task} in {length or document.num_tokens} tokens")
+        return drop("no_fit", f"{task} in {length or num_tokens} tokens")
 
-    def _weights(self, document: Document, language: str) -> dict[str, float]:
-        """The tasks that can be asked of a document."""
-        templates = TEMPLATES.get(language)
-        weights = {task: weight for task, weight in self.config.tasks.items() if weight > 0}
-        if language != "en":
-            weights = {task: weight for task, weight in weights.items() if task not in ENGLISH_TASKS}
-        if templates is None:
-            return {}
-        if "count" not in templates:
-            weights.pop("counting", None)
-        return weights
+    # --- The tasks
 
-    def _window(self, rng: random.Random, document: Document, blocks: list[Block], max_tokens: int) -> list[Block]:
-        """Neighbouring blocks of about so many tokens, judged by the document's own rate of characters."""
-        max_chars = max_tokens * len(document.text) / max(1, document.num_tokens)
-        # The last place to begin from which the window can still be filled
-        last = len(blocks) - 1
-        while last > 0 and blocks[-1].end - blocks[last].start < max_chars:
-            last -= 1
-        start = rng.randint(0, last)
-        stop = start + 1
-        while stop < len(blocks) and blocks[stop].end - blocks[start].start <= max_chars:
-            stop += 1
-        return blocks[start:stop]
+    def ask_facts(self, rng: random.Random, window: Window, kind: "Callable[..., Case]") -> Draft | None:
+        """Facts of one kind, a method of [`Facts`]."""
+        return self._write(rng, window, self._case(rng, window, self._unused_facts(window), kind))
 
-    def _draft(
-        self, rng: random.Random, task: str, document: Document, language: str, window: list[Block]
-    ) -> _Draft | None:
-        """What the task makes of a window; `None` if it does not fit with these draws."""
-        if len(window) < 3:
-            return None
-        between = ["", *(document.text[a.end : b.start] for a, b in zip(window, window[1:], strict=False))]
-        if task == "reconstruction":
-            return self._reconstruction(rng, language, window, between)
-        if task == "counting":
-            return self._counting(rng, language, window, between)
-        text = document.text[window[0].start : window[-1].end]
-        # Numbers apart too: no space may stand between them and the words of a text
-        facts = self.facts.without({*re.findall(r"\w+", text), *re.findall(r"\d+", text)})
-        if task in ENGLISH_TASKS or (task == "unanswerable" and language == "en" and rng.randrange(2)):
-            num_tokens = len(text) / len(document.text) * document.num_tokens
-            near_misses = min(24, max(2, int(num_tokens / self.config.tokens_per_near_miss)))
-            fact_task = rng.choice(FACT_TASKS) if task == "unanswerable" else task
-            case = self._case(rng, facts, fact_task, min(near_misses, facts.max_near_misses(self.config.split)))
-            if case is not None and task == "unanswerable":
-                case = _without_last_fact(case, not_stated(language))
+    def ask_chain(self, rng: random.Random, window: Window) -> Draft | None:
+        """A chain of keys, among others."""
+        return self._write(rng, window, self._chains(rng, window, self._unused_facts(window), is_broken=False))
+
+    def ask_unanswerable(self, rng: random.Random, window: Window) -> Draft | None:
+        """Facts or a chain, without the last of those needed: what led to it is a near miss now."""
+        facts = self._unused_facts(window)
+        if window.language == "en" and rng.randrange(2):
+            case = self._case(rng, window, facts, rng.choice((Facts.lookup_number, Facts.lookup_name, Facts.two_hop)))
+            if case is not None:
+                near_misses = (*case.near_misses, *case.evidence[:-1])
+                case = replace(case, answer=not_stated("en"), evidence=(), near_misses=near_misses)
         else:
-            case = self._chains(rng, facts, language, task == "unanswerable", len(window) - 1)
-        if case is None or any(count_word(text, entity) for entity in case.entities):
-            return None
-        question = case.question
-        if task == "unanswerable" or rng.random() < self.config.not_stated_share:
-            question = f"{question} {OR_SAY[language].format(not_stated(language))}"
-        prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
-        lines = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
-        rng.shuffle(lines)
-        pieces, evidence = _insert(rng, [block.text for block in window], between, lines, document.kind, prefix)
-        return None if pieces is None else _Draft(pieces, between, evidence, question, case.answer)
+            case = self._chains(rng, window, facts, is_broken=True)
+        return self._write(rng, window, case, is_unanswerable=True)
 
-    def _case(self, rng: random.Random, facts: Facts, task: str, num_near_misses: int) -> Case | None:
-        """Facts to look up, with a question that says what form the answer has; `None` if too few names are left."""
-        if num_near_misses < 2:
-            return None
-        if task == "multi_hop":
-            case = facts.multi_hop(rng, self.config.split, num_near_misses)
-        else:
-            case = facts.case(rng, self.config.split, task, num_near_misses)
-        kind = "number" if case.answer.isdecimal() else "name"
-        return replace(case, question=f"{case.question} Answer with the {kind} only.")
-
-    def _chains(self, rng: random.Random, facts: Facts, language: str, is_broken: bool, max_hops: int) -> Case | None:
-        """Notes of the chain that is asked for, and of two others; a broken chain lacks its last note."""
-        max_hops, numbers = min(max_hops, self.config.max_hops), facts.numbers(self.config.split)
-        if max_hops < self.config.min_hops or len(numbers) < 3:
-            return None
-        templates = TEMPLATES[language]
-        hops = rng.randint(self.config.min_hops, max_hops)
-        keys = [[f"{rng.getrandbits(32):08x}" for _ in range(hops)] for _ in range(3)]
-        values = [str(number) for number in rng.sample(numbers, 3)]
-        chains = [
-            [
-                *(templates["next_note"].format(key=a, other=b) for a, b in zip(chain, chain[1:], strict=False)),
-                templates["last_note"].format(key=chain[-1], value=value),
-            ]
-            for chain, value in zip(keys, values, strict=True)
-        ]
-        if is_broken:
-            evidence, near_misses, answer = [], [*chains[0][:-1], *chains[1], *chains[2]], not_stated(language)
-        else:
-            evidence, near_misses, answer = chains[0], [*chains[1], *chains[2]], values[0]
-        question = templates["follow"].format(key=keys[0][0])
-        entities = (*(key for chain in keys for key in chain), *values)
-        return Case(question, answer, tuple(evidence), tuple(near_misses), entities)
-
-    def _reconstruction(
-        self, rng: random.Random, language: str, window: list[Block], between: list[str]
-    ) -> _Draft | None:
-        """Blocks that are no neighbours are taken out, and asked for in shuffled order."""
-        texts = [block.text for block in window]
+    def reconstruct(self, rng: random.Random, window: Window) -> Draft | None:
+        """Blocks that are no neighbors are taken out, and asked for in shuffled order."""
+        texts = window.texts
         if any("[[GAP" in text for text in texts):  # which mark is ours would not be certain
             return None
         repeats = Counter(texts)
@@ -341,17 +263,17 @@ class RuleEngine:
         for number, index in enumerate(gaps, start=1):
             pieces[index] = GAP.format(number=number)
         options = "\n\n".join(f"{letters[index]}:\n{texts[index]}" for index in order)
-        question = TEMPLATES[language]["reconstruct"].format(count=len(gaps), options=options)
+        question = LANGUAGES[window.language]["reconstruct"].format(count=len(gaps), options=options)
         evidence = {index + step for index in gaps for step in (-1, 0, 1)}
-        return _Draft(pieces, between, evidence, question, ", ".join(letters[index] for index in gaps))
+        return Draft(pieces, window.between, evidence, question, ", ".join(letters[index] for index in gaps))
 
-    def _counting(self, rng: random.Random, language: str, window: list[Block], between: list[str]) -> _Draft | None:
+    def count(self, rng: random.Random, window: Window) -> Draft | None:
         """A word that occurs a few times in the window as it is.
 
         In lower case, not folded: that would ask for "strasse" where the text has "straße".
         """
-        texts = [block.text for block in window]
-        document = "".join(map("".join, zip(between, texts, strict=True)))
+        texts = window.texts
+        document = "".join(map("".join, zip(window.between, texts, strict=True)))
         counts = _whole_words(document)
         words = sorted(w for w, n in counts.items() if 2 <= n <= 9 and len(w) >= 5 and w.isalpha())
         if not words:
@@ -363,19 +285,87 @@ class RuleEngine:
         if not counts[word] == sum(in_blocks) == as_read:
             return None
         evidence = {i for i, number in enumerate(in_blocks) if number}
-        question = TEMPLATES[language]["count"].format(word=word)
-        return _Draft(texts, between, evidence, question, str(counts[word]))
+        question = LANGUAGES[window.language]["count"].format(word=word)
+        return Draft(texts, window.between, evidence, question, str(counts[word]))
+
+    # --- What the tasks share
+
+    def _unused_facts(self, window: Window) -> Facts:
+        """Facts about what the text does not name."""
+        # Numbers by themselves too: no space may stand between them and the words of a text
+        return self.facts.without({*re.findall(r"\w+", window.text), *re.findall(r"\d+", window.text)})
+
+    def _case(self, rng: random.Random, window: Window, facts: Facts, kind: Callable[..., Case]) -> Case | None:
+        """Facts to look up, with a question that says what form the answer has; `None` if too few names are left."""
+        wanted = min(24, max(2, int(window.num_tokens / self.config.tokens_per_near_miss)))
+        num_near_misses = min(wanted, facts.max_near_misses)
+        if num_near_misses < 2:
+            return None
+        case = kind(facts, rng, num_near_misses)
+        form = "number" if case.answer.isdecimal() else "name"
+        return replace(case, question=f"{case.question} Answer with the {form} only.")
+
+    def _chains(self, rng: random.Random, window: Window, facts: Facts, is_broken: bool) -> Case | None:
+        """Notes of the chain that is asked for, and of two others; a broken chain lacks its last note."""
+        max_hops = min(len(window.texts) - 1, self.config.max_hops)
+        if max_hops < self.config.min_hops or len(facts.numbers) < 3:
+            return None
+        phrases = LANGUAGES[window.language]
+        hops = rng.randint(self.config.min_hops, max_hops)
+        keys = [[f"{rng.getrandbits(32):08x}" for _ in range(hops)] for _ in range(3)]
+        values = [str(number) for number in rng.sample(facts.numbers, 3)]
+        chains = [
+            [
+                *(phrases["next_note"].format(key=a, other=b) for a, b in itertools.pairwise(chain)),
+                phrases["last_note"].format(key=chain[-1], value=value),
+            ]
+            for chain, value in zip(keys, values, strict=True)
+        ]
+        if is_broken:
+            evidence, near_misses, answer = [], [*chains[0][:-1], *chains[1], *chains[2]], not_stated(window.language)
+        else:
+            evidence, near_misses, answer = chains[0], [*chains[1], *chains[2]], values[0]
+        question = phrases["follow"].format(key=keys[0][0])
+        entities = (*(key for chain in keys for key in chain), *values)
+        return Case(question, answer, tuple(evidence), tuple(near_misses), entities)
+
+    def _write(
+        self, rng: random.Random, window: Window, case: Case | None, is_unanswerable: bool = False
+    ) -> Draft | None:
+        """Writes facts into a window; `None` where there are none, or where they are not certain there."""
+        if case is None or any(count_word(window.text, entity) for entity in case.entities):
+            return None
+        question, document = case.question, window.document
+        if is_unanswerable or rng.random() < self.config.not_stated_share:
+            question = f"{question} {or_say_not_stated(window.language)}"
+        prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
+        lines = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
+        rng.shuffle(lines)
+        pieces, evidence = insert_facts(rng, window.texts, window.between, lines, document.kind, prefix)
+        return None if pieces is None else Draft(pieces, window.between, evidence, question, case.answer)
+
+
+TASKS: dict[str, Task] = {
+    "lookup_number": Task(0.1, partial(RuleEngine.ask_facts, kind=Facts.lookup_number)),
+    "lookup_name": Task(0.1, partial(RuleEngine.ask_facts, kind=Facts.lookup_name)),
+    "two_hop": Task(0.15, partial(RuleEngine.ask_facts, kind=Facts.two_hop)),
+    "multi_hop": Task(0.15, partial(RuleEngine.ask_facts, kind=Facts.multi_hop)),
+    "key_chain": Task(0.2, RuleEngine.ask_chain, "follow"),
+    "reconstruction": Task(0.15, RuleEngine.reconstruct, "reconstruct"),
+    "counting": Task(0.1, RuleEngine.count, "count"),
+    UNANSWERABLE: Task(0.05, RuleEngine.ask_unanswerable, "follow"),
+}
 
 
 def _whole_words(text: str) -> Counter[str]:
     """How often the words of a text occur, in lower case; only those that are certain to be whole words."""
     lower = text.lower()
-    counts = Counter()
+    counts: Counter[str] = Counter()
     uncertain = {word for run in _JOINED.findall(lower) for word in re.findall(r"\w+", run)}
     for match in re.finditer(r"\w+", lower):
         counts[match[0]] += 1
-        neighbours = lower[max(0, match.start() - 1) : match.start()], lower[match.end() : match.end() + 1]
-        if any(character and unicodedata.category(character) in _MARKS for character in neighbours):
+        neighbors = lower[max(0, match.start() - 1) : match.start()], lower[match.end() : match.end() + 1]
+        if any(character and unicodedata.category(character) in _MARKS for character in neighbors):
             uncertain.add(match[0])
     return Counter({word: number for word, number in counts.items() if word not in uncertain})
 
@@ -384,73 +374,3 @@ def _are_alike(text: str, other: str) -> bool:
     """Whether two pieces could be taken for each other: they begin alike, or share most of their pairs of words."""
     pairs, other_pairs = (set(itertools.pairwise(terms(piece))) for piece in (text, other))
     return text[:60] == other[:60] or 2 * len(pairs & other_pairs) > len(pairs | other_pairs)
-
-
-def _without_last_fact(case: Case, answer: str) -> Case:
-    """The same question, which the facts no longer answer: what led to the last one is a near miss now."""
-    return replace(case, answer=answer, evidence=(), near_misses=(*case.near_misses, *case.evidence[:-1]))
-
-
-def _insert(
-    rng: random.Random,
-    pieces: list[str],
-    between: list[str],
-    facts: list[tuple[str, bool]],
-    kind: Kind,
-    comment: str | None,
-) -> tuple[list[str] | None, set[int]]:
-    """Writes facts into pieces of text, of which all that was there stays.
-
-    A piece with evidence holds no near miss, so that the evidence alone is not ambiguous.
-
-    Returns the pieces, `None` if there are too few, and the indices of those that hold evidence.
-    """
-    usable = _usable(pieces, between, kind)
-    num_evidence = sum(is_evidence for _, is_evidence in facts)
-    if len(usable) < num_evidence + 1:
-        return None, set()
-    places = rng.sample(usable, num_evidence)
-    others = [index for index in usable if index not in set(places)]
-    pieces, evidence = list(pieces), set(places)
-    free = iter(places)
-    for fact, is_evidence in facts:
-        index = next(free) if is_evidence else rng.choice(others)
-        piece, newline = pieces[index], "\r\n" if "\r\n" in between[index] else "\n"
-        if kind == "code":
-            pieces[index] = f"{comment}{fact}{newline}{_indentation(between[index])}{piece}"
-        elif kind == "markdown":
-            pieces[index] = f"{piece}{newline}{newline}{fact}"
-        else:
-            ends = [match.end() for match in _SENTENCE_END.finditer(piece)]
-            place = rng.choice([*(end for end in ends if not piece[end : end + 1].islower()), len(piece)])
-            space = "" if fact.endswith("。") else " "
-            if piece[place:]:
-                pieces[index] = f"{piece[:place]}{fact}{space}{piece[place:]}"
-            else:
-                pieces[index] = f"{piece}{space}{fact}"
-    return pieces, evidence
-
-
-def _usable(pieces: list[str], between: list[str], kind: Kind) -> list[int]:
-    """The pieces that facts may be written into: of code those that begin a line, of Markdown those outside fences."""
-    if kind == "code":
-        return [i for i, space in enumerate(between) if i == 0 or "\n" in space]
-    if kind == "markdown":
-        num_fences = itertools.accumulate(len(_FENCE.findall(piece)) for piece in pieces)
-        return [i for i, number in enumerate(num_fences) if number % 2 == 0]
-    return list(range(len(pieces)))
-
-
-def _indentation(space: str) -> str:
-    """What of the white space above a line belongs to the line."""
-    return space.rpartition("\n")[2]
-
-
-def _assemble(draft: _Draft) -> tuple[str, list[Block]]:
-    """The text of a draft, and its pieces as blocks."""
-    text, spans = "", []
-    for space, piece in zip(draft.between, draft.pieces, strict=True):
-        text += space
-        spans.append((len(text), len(text) + len(piece)))
-        text += piece
-    return text, blocks_at(text, spans)

@@ -32,12 +32,12 @@ from ...llm import ChatClient, RequestFailed, parse_verdict, quote
 from ...rewards.text import normalize_answer
 from ...strict_model import StrictModel
 from ...text import UNSPACED
-from ..records import Check, Drop, Row
+from ..records import UNANSWERABLE, Check, Drop, Row
+from .languages import LANGUAGES
 
 
 STAGE = "verification"
 
-UNANSWERABLE = "unanswerable"
 # From a text to its language, `None` where that cannot be said, and the confidence
 Identify = Callable[[str], tuple[str | None, float]]
 
@@ -56,21 +56,6 @@ _OPTION_LETTER = re.compile(r"(?<![\w+#'’-])[A-Z](?![\w+#'’-])")
 _YES_OR_NO = frozenset(
     "yes no true false ja nein oui non sí si sì não sim nee nej tak nie да нет ні 是 否 はい いいえ".split()
 )
-# What stands between two options, by language
-_OR = {
-    "en": "or",
-    "de": "oder",
-    "fr": "ou",
-    "es": "o",
-    "it": "o",
-    "pt": "ou",
-    "nl": "of",
-    "pl": "czy",
-    "ru": "или",
-    "uk": "чи",
-    "sv": "eller",
-    "zh": "还",
-}
 
 _ANSWER_PROMPT = """\
 {context}Answer the question at the end in its own language, as briefly as it allows: a name, a number or a phrase \
@@ -432,7 +417,7 @@ def _gives_away(question: str, answer: str, language: str) -> bool:
     joined = "".join(part)
     if len(joined) <= 1 or joined in _YES_OR_NO or _LETTERS.fullmatch(answer):
         return False
-    places, option = _find(words, part), _OR.get(language)
+    places, option = _find(words, part), LANGUAGES.get(language, {}).get("or")
     # "the red one or the blue one": an article may stand between
     near = (words[max(0, i - 2) : i] + words[i + len(part) : i + len(part) + 2] for i in places)
     # The Japanese for "from" begins with the word for "or"
