@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo_trl.longblocks.builder.cleaning import Cleaner, CleaningConfig, identify, strip_gutenberg
+from dgrpo_trl.longblocks.builder.cleaning import Cleaner, CleaningConfig, strip_gutenberg
+from dgrpo_trl.longblocks.identification import identify
 from dgrpo_trl.longblocks.records import Document, Drop
 from dgrpo_trl.text import break_special_tokens
 

@@ -1,5 +1,4 @@
 import hashlib
-import itertools
 import json
 import logging
 from fractions import Fraction
@@ -356,12 +355,12 @@ def test_conversations_become_rows_of_the_same_form_and_bad_ones_leave_with_a_re
         turns(("user", "Hi"), ("assistant", " ")),
         turns(("user", None), ("assistant", "Hi")),
     ]
-    rows = Dataset.from_list([{"uuid": str(i), "messages": c, "license": "x"} for i, c in enumerate(conversations)])
+    rows = Dataset.from_list([{"messages": conversation, "license": "x"} for conversation in conversations])
     counts = DropCounts()
-    made = load_conversations(rows, streaming=streaming, completion=completion, keep_columns=["uuid"], counts=counts)
+    made = load_conversations(rows, streaming=streaming, completion=completion, counts=counts)
     answer = {"completion": [{"role": "assistant", "content": "4"}]} if completion else {"answer": "4"}
-    assert list(made) == [{"uuid": "0", "prompt": good[1:4], **answer}]
-    assert set(made.column_names) == {"uuid", "prompt", *answer}
+    assert list(made) == [{"prompt": good[1:4], **answer}]
+    assert set(made.column_names) == {"prompt", *answer}
     empty = "empty_response" if completion else "empty_answer"
     assert counts.reasons == {"no_messages": 2, "no_answer_turn": 3, empty: 1, "not_text": 1}
 
@@ -456,32 +455,16 @@ def test_a_mixture_stops_where_a_side_runs_out(form):
     assert sum(name[0] == "l" for name in few_long) == 20 and len(few_long) == 22
 
 
-@pytest.mark.parametrize("form", ["tables", "streams"])
-def test_a_mixture_can_repeat_the_side_that_runs_out(form):
-    mixed = ids(mix_short_and_long(*sides(short_rows(2), long_rows(100), form), when_exhausted="repeat"))
-    assert len(mixed) == 111
-    assert sorted(name for name in mixed if name[0] == "l") == sorted(f"l{i}" for i in range(100))
-    short = [name for name in mixed if name[0] == "s"]
-    assert len(short) == 11 and all({*short[i : i + 2]} == {"s0", "s1"} for i in range(0, 10, 2))
-    assert len(ids(mix_short_and_long(*sides(short_rows(1), long_rows(5), form), 0.5, 0, 40, "repeat"))) == 40
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.1, 0.5, 0.29, 1 / 3, 0.9]), st.booleans())
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.1, 0.5, 0.29, 1 / 3, 0.9]))
 @settings(max_examples=60, deadline=None)
-def test_the_length_of_a_mixture_of_tables_is_that_of_one_of_streams(num_short, num_long, share, repeats):
+def test_the_length_of_a_mixture_of_tables_is_that_of_one_of_streams(num_short, num_long, share):
     """Counted one by one, as a stream must, against the closed form."""
     proportion = _Proportion(Fraction(str(share)))
-    left, exhausted, length = {True: num_short, False: num_long}, set(), 0
-    for position in itertools.count():
-        side = proportion.is_short(position)
-        if left[side] == 0:
-            exhausted.add(side)
-            if not repeats or len(exhausted) == 2:
-                break
-            left[side] = {True: num_short, False: num_long}[side]
-        left[side] -= 1
+    left, length = {True: num_short, False: num_long}, 0
+    while left[proportion.is_short(length)]:
+        left[proportion.is_short(length)] -= 1
         length += 1
-    assert proportion.num_rows(num_short, num_long, "repeat" if repeats else "stop") == length
+    assert proportion.num_rows(num_short, num_long) == length
 
 
 def test_the_seed_orders_the_rows_but_not_the_kinds():
@@ -490,8 +473,6 @@ def test_the_seed_orders_the_rows_but_not_the_kinds():
     assert [name[0] for name in first] == [name[0] for name in other]
     streams = sides(short_rows(10), long_rows(90), "streams")
     assert ids(mix_short_and_long(*streams))[:3] == ["l0", "l1", "l2"]
-    shuffled = ids(mix_short_and_long(*streams, seed=1, buffer_size=50))
-    assert sorted(shuffled) == sorted(first) and shuffled != ids(mix_short_and_long(*streams))
 
 
 @pytest.mark.parametrize("form", ["tables", "streams"])
@@ -510,13 +491,8 @@ def test_a_mixture_that_cannot_be_made_is_refused(caplog):
         mix_short_and_long(short, long, num_rows=25)
     with pytest.raises(ValueError, match="`short` is empty"):
         mix_short_and_long(short.select([]), long)
-    with pytest.raises(ValueError, match="`short` is empty"):
-        streams = sides(short, long, "streams")
-        list(mix_short_and_long(streams[0].filter(lambda row: False), streams[1], when_exhausted="repeat"))
     with pytest.raises(ValueError, match="Column 'id' is .* in `short`"):
         mix_short_and_long(Dataset.from_list([{"id": 1}]), long)
-    with pytest.raises(ValueError, match="'stop' or 'repeat'"):
-        mix_short_and_long(short, long, when_exhausted="cycle")
     assert len(ids(mix_short_and_long(*sides(short, long, "streams"), num_rows=25))) == 24
     assert "The mixture ends after 24 of 25 rows: `short` has no more." in caplog.text
 

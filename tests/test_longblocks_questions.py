@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from dgrpo_trl.llm import Completion, RequestFailed, quote
-from dgrpo_trl.longblocks.builder.cleaning import identify
 from dgrpo_trl.longblocks.builder.responses import Responder, ResponsesConfig
+from dgrpo_trl.longblocks.identification import identify, other_language
+from dgrpo_trl.longblocks.questions.agreement import answers_agree
 from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, link_blocks, split_blocks
 from dgrpo_trl.longblocks.questions.languages import LANGUAGES, not_stated, or_say_not_stated
 from dgrpo_trl.longblocks.questions.llm_engine import LLMEngine, LLMEngineConfig
-from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree, other_language
+from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier
 from dgrpo_trl.longblocks.records import Document, Evidence, Row
 
 

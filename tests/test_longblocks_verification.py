@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from dgrpo_trl.llm import Completion, RequestFailed, ServerRefused
-from dgrpo_trl.longblocks.builder.cleaning import identify
+from dgrpo_trl.longblocks.identification import identify
+from dgrpo_trl.longblocks.questions.agreement import answers_agree
 from dgrpo_trl.longblocks.questions.languages import LANGUAGES, not_stated
-from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier, answers_agree
+from dgrpo_trl.longblocks.questions.verification import VerificationConfig, Verifier
 from dgrpo_trl.longblocks.records import Evidence, Row
 
 

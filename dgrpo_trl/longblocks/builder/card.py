@@ -267,7 +267,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def _count_tables(statistics: Statistics) -> str:
-    tables = [
+    tables: list[tuple[str, Counter[Any]]] = [
         ("source", statistics.sources),
         ("language", statistics.languages),
         ("task", statistics.tasks),

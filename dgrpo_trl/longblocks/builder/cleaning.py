@@ -3,7 +3,6 @@
 A new filter is a function in `FILTERS`, and its reason in [`reasons`]. Cleaning a clean document changes nothing.
 """
 
-import functools
 import ipaddress
 import re
 import unicodedata
@@ -15,7 +14,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ...strict_model import StrictModel
-from ...text import HANGUL, UNSPACED, break_special_tokens
+from ...text import break_special_tokens
+from ..identification import identify
 from ..records import Document, Drop
 
 
@@ -76,11 +76,6 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 # A long document is judged by samples of so many characters, at its beginning, in its middle and at its end
 _SAMPLE_CHARS = 1000
-# Below this number of letters, language identification guesses
-_MIN_LETTERS = 20
-_MIN_DENSE_LETTERS = 8  # of scripts whose characters are syllables or words, or that few languages share
-_DENSE = re.compile(f"[{UNSPACED}{HANGUL}]")
-_MIN_CONFIDENCE = 0.7
 # From this confidence on, the language that the source states is doubted
 _CERTAIN = 0.95
 
@@ -260,36 +255,6 @@ def strip_gutenberg(text: str) -> str:
         text = text[starts[-1].end() :]
     end = _GUTENBERG_END.search(text, len(text) // 2)
     return text[: end.start()] if end else text
-
-
-def identify(text: str) -> tuple[str | None, float]:
-    """The language of a text.
-
-    Args:
-        text (`str`):
-            Some sentences.
-
-    Returns:
-        `tuple[str | None, float]`: the two-letter code and the confidence in [0, 1]; `None` where a text is too short
-        or could be in several languages.
-    """
-    letters = [character for character in text if character.isalpha()]
-    if len(letters) < _MIN_LETTERS and len(_DENSE.findall(text)) < _MIN_DENSE_LETTERS:
-        return None, 0.0
-    code, confidence = _identifier().classify(text)
-    confidence = float(confidence)
-    return (str(code) if confidence >= _MIN_CONFIDENCE else None), confidence
-
-
-@functools.cache
-def _identifier():
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ImportError(
-            "Recognizing languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
-        ) from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _fix_encoding(text: str) -> str:

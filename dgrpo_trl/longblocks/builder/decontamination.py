@@ -120,14 +120,15 @@ def _texts(evaluation_set: EvaluationSet) -> Iterator[str]:
     num_found = 0
     try:
         for row in _rows(evaluation_set):
-            for column in evaluation_set.columns if isinstance(row, dict) else ():
+            if isinstance(row, str):
+                num_found += 1
+                yield row
+                continue
+            for column in evaluation_set.columns:
                 if column not in row:
                     raise ValueError(f"it has no column {column!r}; its columns are {sorted(row)}")
                 num_found += 1
                 yield from iter_strings(row[column])
-            if isinstance(row, str):
-                num_found += 1
-                yield row
         if num_found == 0:
             raise ValueError("it holds no row")
     except Exception as error:  # whatever the readers of files and of the Hub raise
@@ -139,12 +140,12 @@ def _texts(evaluation_set: EvaluationSet) -> Iterator[str]:
 
 def _rows(evaluation_set: EvaluationSet) -> Iterable[dict[str, Any] | str]:
     if evaluation_set.dataset is not None:
-        from datasets import load_dataset
+        from datasets import load_dataset  # takes seconds, and local files do without
 
         return load_dataset(
             evaluation_set.dataset, name=evaluation_set.config, split=evaluation_set.split, streaming=True
         )
-    path = Path(evaluation_set.path)
+    path = Path(evaluation_set.path or "")  # `_check_place`: it is given where `dataset` is not
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 

@@ -78,10 +78,10 @@ def _hash(data: bytes) -> int:
 
 def _shingles(text: str, config: DeduplicationConfig) -> set[str]:
     if len(_IS_UNSPACED.findall(text)) * 4 > len(text):
-        size, pieces, joiner = config.shingle_chars, re.sub(r"\W+", "", text), ""
-    else:
-        size, pieces, joiner = config.shingle_words, re.findall(r"\w+", text), " "
-    return {joiner.join(pieces[i : i + size]) for i in range(max(1, len(pieces) - size + 1))}
+        size, characters = config.shingle_chars, re.sub(r"\W+", "", text)
+        return {characters[i : i + size] for i in range(max(1, len(characters) - size + 1))}
+    size, words = config.shingle_words, re.findall(r"\w+", text)
+    return {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
 
 
 class Deduplicator:

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from ...llm.client import ChatClient
+from ..identification import identify
 from ..questions.blocks import Block, link_blocks, split_blocks
 from ..questions.llm_engine import LLMEngine
 from ..questions.rule_engine import RuleEngine, RuleEngineConfig
 from ..questions.verification import Verifier
 from ..records import Document, Drop, Row
 from .build import Build
-from .cleaning import identify
 from .config import STAGES
 from .responses import Responder
 from .store import BLOCKS_SCHEMA, ROW_SCHEMA, blocks_of, row_of, row_record

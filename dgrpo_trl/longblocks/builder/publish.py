@@ -191,7 +191,8 @@ def _row_groups(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterato
 
 
 def _write_shards(tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, max_shard_bytes: int) -> list[Path]:
-    paths, writer, num_bytes = [], None, 0
+    paths: list[Path] = []
+    writer, num_bytes = None, 0
     try:
         for table in tables:
             if writer is not None and num_bytes + table.nbytes > max_shard_bytes:

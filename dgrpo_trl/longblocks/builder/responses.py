@@ -7,7 +7,8 @@ from pydantic import Field
 
 from ...llm import ChatClient, RequestFailed
 from ...strict_model import StrictModel
-from ..questions.verification import Identify, answers_agree, other_language
+from ..identification import Identify, other_language
+from ..questions.agreement import answers_agree
 from ..records import UNANSWERABLE, Drop, Row
 
 
@@ -75,9 +76,10 @@ class Responder:
             results += await asyncio.gather(*(self._respond(teacher, row, messages) for teacher in group))
             drops = [result for result in results if isinstance(result, Drop)]
             if drops and group and group[0].required:
-                return None, drops  # nobody is asked about a row that leaves
-        answered = dict(zip(teachers, results, strict=True))
-        given = {self._name(t): answered[t] for t in self.config.teachers if not isinstance(answered[t], Drop)}
+                return None, drops  # no other teacher is asked about a row that leaves
+        answered = {self._name(teacher): result for teacher, result in zip(teachers, results, strict=True)}
+        names = [self._name(teacher) for teacher in self.config.teachers]  # in the order of the configuration
+        given = {name: answer for name in names if isinstance(answer := answered[name], str)}
         return replace(row, responses={**row.responses, **given}), drops
 
     def _name(self, teacher: TeacherConfig) -> str:

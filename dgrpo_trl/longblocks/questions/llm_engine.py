@@ -15,10 +15,10 @@ from pydantic import Field, field_validator, model_validator
 
 from ...llm import ChatClient, RequestFailed, parse_object, quote
 from ...strict_model import StrictModel
+from ..identification import Identify, other_language
 from ..records import UNANSWERABLE, Document, Drop, Evidence, Row
 from .blocks import Block
 from .languages import language_name, not_stated, or_say_not_stated
-from .verification import Identify, other_language
 
 
 STAGE = "questions"

@@ -20,8 +20,6 @@ whether they are the same.
 
 import asyncio
 import json
-import re
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,33 +27,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ...llm import ChatClient, RequestFailed, parse_verdict, quote
-from ...rewards.text import normalize_answer
 from ...strict_model import StrictModel
-from ...text import UNSPACED
+from ..identification import Identify, other_language
 from ..records import UNANSWERABLE, Check, Drop, Row
-from .languages import LANGUAGES
+from .agreement import answers_agree, gives_away, words_of
 
 
 STAGE = "verification"
 
-# From a text to its language, `None` where that cannot be said, and the confidence
-Identify = Callable[[str], tuple[str | None, float]]
-
-_MIN_OTHER_LANGUAGE_CONFIDENCE = 0.95
-_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
-# A minus sign follows no word: "1987-1990" and "covid-19" hold none
-_NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d.,]*")
-_THOUSANDS_MARK = re.compile(r"(?<=\d)['\u00a0\u2009\u202f\u2019](?=\d{3}(?!\d))")
-# Thousands and decimals are parted one way or the other: "1.234" may be either
-_SEPARATORS = ((",", r"\."), (r"\.", ","))
-# An answer of at most so many words is expected whole in a reply of at most so many; two characters of a script
-# without spaces count as a word
-_SHORT_ANSWER_WORDS, _SHORT_REPLY_WORDS = 6, 30
-_LETTERS = re.compile(r"[\W_]*[^\W\d_](?:[\W_]+[^\W\d_])*[\W_]*")
-_OPTION_LETTER = re.compile(r"(?<![\w+#'’-])[A-Z](?![\w+#'’-])")
-_YES_OR_NO = frozenset(
-    "yes no true false ja nein oui non sí si sì não sim nee nej tak nie да нет ні 是 否 はい いいえ".split()
-)
 
 _ANSWER_PROMPT = """\
 {context}Answer the question at the end in its own language, as briefly as it allows: a name, a number or a phrase \
@@ -223,7 +202,7 @@ class Verifier:
 
     async def _answer_not_in_question(self, row: Row, text: str, evidence: list[str]) -> tuple[Check, str]:
         # Of two things compared, both stand in the question
-        is_copied = row.task != "comparison" and _gives_away(row.question, row.answer, row.language)
+        is_copied = row.task != "comparison" and gives_away(row.question, row.answer, row.language)
         reason = "the question holds the answer" if is_copied else "the question does not hold the answer"
         return Check("answer_not_in_question", not is_copied, float(not is_copied), reason), "answer_in_question"
 
@@ -295,15 +274,14 @@ class Verifier:
         unknown = row.answer if row.task == UNANSWERABLE else "UNKNOWN"
         context = quote("\n\n".join(texts), "text") + "\n\n" if texts else ""
         prompt = _ANSWER_PROMPT.format(context=context, question=quote(row.question, "question"), unknown=unknown)
-        messages = [{"role": "user", "content": prompt}]
-        reply = await self.answerer.complete(messages, max_tokens=self.config.max_tokens, sample=sample)
-        if row.task != UNANSWERABLE and _words(reply.text) == _words(unknown):
+        reply = await self._ask(self.answerer, prompt, sample)
+        if row.task != UNANSWERABLE and words_of(reply) == words_of(unknown):
             return False
-        return await self._agrees(row, reply.text)
+        return await self._agrees(row, reply)
 
     async def _agrees(self, row: Row, reply: str) -> bool:
         # No judge for what is the same words, nor for the phrase that says that there is no answer
-        if self.config.agreement == "rule" or row.task == UNANSWERABLE or _words(row.answer) == _words(reply):
+        if self.config.agreement == "rule" or row.task == UNANSWERABLE or words_of(row.answer) == words_of(reply):
             return answers_agree(row.answer, reply, self.config.min_f1)
         prompt = _SAME_PROMPT.format(
             question=quote(row.question, "question"),
@@ -317,14 +295,22 @@ class Verifier:
 
     async def _verdict(self, prompt: str, accept: str, reject: str) -> bool | None:
         """The judge's verdict; `None` if it never gave one in the agreed form."""
-        messages = [{"role": "user", "content": prompt}]
         for sample in range(self.config.num_verdicts):
-            reply = await self.judge.complete(messages, max_tokens=self.config.max_tokens, sample=sample)
+            reply = await self._ask(self.judge, prompt, sample)
             try:
-                return parse_verdict(reply.text, accept, reject)
+                return parse_verdict(reply, accept, reject)
             except ValueError:
                 continue
         return None
+
+    async def _ask(self, client: ChatClient | None, prompt: str, sample: int) -> str:
+        if client is None:
+            raise ValueError(
+                "A check asks a model, and `answerer` or `judge` is not given. The configuration names both. Give the "
+                "client of each."
+            )
+        messages = [{"role": "user", "content": prompt}]
+        return (await client.complete(messages, max_tokens=self.config.max_tokens, sample=sample)).text
 
 
 async def _gather(draws: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -334,110 +320,3 @@ async def _gather(draws: Iterable[Awaitable[Any]]) -> list[Any]:
     if errors:
         raise min(errors, key=lambda error: isinstance(error, RequestFailed))  # what ends the run goes before
     return results
-
-
-def other_language(texts: dict[str, str], language: str, identify: Identify) -> tuple[str, float] | None:
-    """Which of some texts is in another language than it should be, such as "the question is in fr".
-
-    Args:
-        texts (`dict[str, str]`):
-            The texts, by what they are: "question", "answer", ...
-        language (`str`):
-            Two-letter code of the language that they should be in.
-        identify (`Callable`):
-            Maps a text to its language, `None` where that cannot be said, and the confidence.
-
-    Returns:
-        `tuple[str, float] | None`: the first that is, and the confidence in it; `None` if none is with certainty.
-    """
-    for name, text in texts.items():
-        found, confidence = identify(text)
-        # A short text may look like a sister language: only what is certain counts
-        if found not in (None, language) and confidence > _MIN_OTHER_LANGUAGE_CONFIDENCE:
-            return f"the {name} is in {found}", confidence
-    return None
-
-
-def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
-    """Whether a reply says the same as the reference, by rule.
-
-    Equal words agree. Of "yes" and "no", the first in the reply counts; of option letters, the only one. Numbers, and
-    other short references, agree with a short reply that holds them, numbers however thousands and decimals are
-    parted, the rest as whole words, if it holds no other number. A long reference agrees with a reply that shares
-    enough words.
-
-    Args:
-        reference (`str`):
-            The right answer.
-        reply (`str`):
-            The answer to compare.
-        min_f1 (`float`, *optional*, defaults to `0.5`):
-            F1 of the shared words from which long answers agree. Scripts without spaces are compared by characters.
-    """
-    expected, given = _words(reference), _words(reply)
-    if not expected or not given:
-        return False
-    if expected == given:
-        return True
-    if expected[0] in _YES_OR_NO and len(expected) == 1:
-        return next((word for word in given if word in _YES_OR_NO), None) == expected[0]
-    if re.fullmatch(r"\W*[A-Za-z]\W*", reference):
-        return {letter.casefold() for letter in _OPTION_LETTER.findall(reply)} == set(expected)
-    numbers, given_numbers = _numbers(reference), _numbers(reply)
-    is_short, has_other_numbers = _length(given) <= _SHORT_REPLY_WORDS, not _all_among(given_numbers, numbers)
-    if numbers and not any(character.isalpha() for character in reference):
-        return is_short and not has_other_numbers and _all_among(numbers, given_numbers)
-    if _length(expected) <= _SHORT_ANSWER_WORDS:
-        return is_short and _holds(given, expected) and not has_other_numbers
-    shared = (Counter(expected) & Counter(given)).total()
-    return 2 * shared / (len(expected) + len(given)) >= min_f1
-
-
-def _words(text: str) -> list[str]:
-    """Words in small letters without punctuation; single characters where no space stands between words."""
-    return normalize_answer(text).split()
-
-
-def _length(words: list[str]) -> float:
-    return sum(0.5 if _IS_UNSPACED.match(word) else 1 for word in words)
-
-
-def _find(words: list[str], part: list[str]) -> list[int]:
-    size = len(part)
-    return [i for i in range(len(words) - size + 1) if words[i : i + size] == part] if part else []
-
-
-def _holds(words: list[str], part: list[str]) -> bool:
-    return bool(_find(words, part))
-
-
-def _gives_away(question: str, answer: str, language: str) -> bool:
-    """Whether the answer stands in the question, and not as one of the options to choose from."""
-    words, part = _words(question), _words(answer)
-    joined = "".join(part)
-    if len(joined) <= 1 or joined in _YES_OR_NO or _LETTERS.fullmatch(answer):
-        return False
-    places, option = _find(words, part), LANGUAGES.get(language, {}).get("or")
-    # "the red one or the blue one": an article may stand between
-    near = (words[max(0, i - 2) : i] + words[i + len(part) : i + len(part) + 2] for i in places)
-    # The Japanese for "from" begins with the word for "or"
-    return bool(places) and not any(option in nearby and "ら" not in nearby for nearby in near)
-
-
-def _numbers(text: str) -> list[set[float]]:
-    """The numbers in a text, each as what it may mean."""
-    numbers = []
-    for literal in _NUMBER.findall(_THOUSANDS_MARK.sub("", text.replace("\u2212", "-"))):
-        literal = literal.rstrip(".,")
-        readings = {
-            float(re.sub(thousands, "", literal).replace(",", "."))
-            for thousands, decimal in _SEPARATORS
-            if re.fullmatch(rf"-?(?:\d+|\d{{1,3}}(?:{thousands}\d{{3}})+)(?:{decimal}\d+)?", literal)
-        }
-        # "1,2,3" and "1.2.3" are neither
-        numbers += [readings] if readings else [{float(part)} for part in re.findall(r"\d+", literal)]
-    return numbers
-
-
-def _all_among(numbers: list[set[float]], others: list[set[float]]) -> bool:
-    return all(any(number & other for other in others) for number in numbers)

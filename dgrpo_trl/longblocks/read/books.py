@@ -78,12 +78,11 @@ class BookCache:
 
 def _wanted_books(books: str | Path | Iterable[dict[str, Any]], wanted: set[str]) -> Iterator[dict[str, Any]]:
     """Rows of the collection that are wanted. Only these leave Arrow: there are hundreds of pages in each."""
-    if isinstance(books, (str, Path)):
-        books = read_rows(books, "train", streaming=True)
-    if not isinstance(books, (Dataset, IterableDataset)):
-        yield from (book for book in books if book["barcode_src"] in wanted)
+    rows = read_rows(books, "train", streaming=True) if isinstance(books, (str, Path)) else books
+    if not isinstance(rows, (Dataset, IterableDataset)):
+        yield from (book for book in rows if book["barcode_src"] in wanted)
         return
-    for table in books.with_format("arrow").iter(batch_size=ROWS_IN_MEMORY):
+    for table in rows.with_format("arrow").iter(batch_size=ROWS_IN_MEMORY):
         if "barcode_src" not in table.column_names:
             raise ValueError(
                 f"`books` has no column 'barcode_src'; its columns are {table.column_names}. Books are found by their "

@@ -1,6 +1,5 @@
 """Short conversations as training rows: the last answer, and all turns before it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +55,6 @@ def load_conversations(
     streaming: bool = False,
     completion: bool = False,
     messages_column: str = "messages",
-    keep_columns: Iterable[str] = (),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_prompt_tokens: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -74,8 +72,6 @@ def load_conversations(
             Give the last answer as conversational `completion`, for `SFTTrainer`, and not as the reference `answer`.
         messages_column (`str`, *optional*, defaults to `"messages"`):
             Column with the turns, each with a `role` and a `content`.
-        keep_columns (`Iterable[str]`, *optional*):
-            Columns to keep; the others go.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`] with `prompt`, and `answer` or `completion`.
@@ -84,13 +80,11 @@ def load_conversations(
         ValueError: If the set cannot be read, lacks a column, or a budget comes without a tokenizer.
     """
     rows = read_rows(name_or_path, split, streaming)
-    keep_columns = list(keep_columns)
-    check_columns(rows, (messages_column, *keep_columns))
+    check_columns(rows, (messages_column,))
     answer = {"completion": MESSAGES_FEATURE} if completion else {"answer": Value("string")}
-    kept = {name: rows.features[name] for name in keep_columns}
     reader = _ConversationReader(
         messages_column, completion, TokenBudget(tokenizer, None, max_prompt_tokens, chat_template_kwargs or {})
     )
-    features = Features({**kept, "prompt": MESSAGES_FEATURE, **answer})
+    features = Features({"prompt": MESSAGES_FEATURE, **answer})
     dropped_columns = [name for name in rows.features if name not in features]
     return select_and_map(rows, reader, features, dropped_columns, num_proc, counts)

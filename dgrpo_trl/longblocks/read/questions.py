@@ -53,7 +53,7 @@ class _QuestionReader:
 
     def training_row(self, row: dict[str, Any]) -> dict[str, Any]:
         document = self._document(row)
-        made = {"document": document, "prompt": self._prompt(document, row["question"])}
+        made: dict[str, Any] = {"document": document, "prompt": self._prompt(document, row["question"])}
         if self.is_completion:
             return {**made, "completion": [{"role": "assistant", "content": str(row[self.text_column])}]}
         if "evidence" in row:
@@ -61,9 +61,9 @@ class _QuestionReader:
             made["teacher_prompt"] = self._prompt(evidence, row["question"]) if evidence else None
         return made
 
-    def _document(self, row: dict[str, Any]) -> str | None:
+    def _document(self, row: dict[str, Any]) -> str:
         if row["document"] is not None or self.books is None:
-            return row["document"]
+            return row["document"] or ""
         return self.join_pages.join(self.books.pages(row["id"]))
 
     def _prompt(self, context: str, question: str) -> Messages:
@@ -77,7 +77,8 @@ class _QuestionReader:
 def _spans(row: dict[str, Any]) -> list[tuple[int, int]]:
     """Offsets of the evidence, in the order of the document, none twice; -1 for one that is missing."""
     blocks = row.get("evidence") or ()
-    return sorted({tuple(-1 if block[name] is None else block[name] for name in ("start", "end")) for block in blocks})
+    spans = {(block["start"], block["end"]) for block in blocks}
+    return sorted((-1 if start is None else start, -1 if end is None else end) for start, end in spans)
 
 
 def load_longblocks(

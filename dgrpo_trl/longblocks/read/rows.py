@@ -1,16 +1,6 @@
 """What all readers share: which rows of a data set can be trained on, and what becomes of them.
 
-Rows that cannot be trained on leave with a reason, which is counted:
-
-| reason | the row left because |
-| --- | --- |
-| `no_document` | its document is not in the set, and no copy of the books was given |
-| `book_not_found` | the copy of the books does not hold its document, or no page of it |
-| `book_differs` | the document put together from the pages is not the one that the question was made from |
-| `empty_question`, `empty_answer`, `empty_response` | that column is empty |
-| `bad_evidence` | the offsets of its evidence select nothing in the document |
-| `prompt_too_short`, `prompt_too_long` | its prompt is outside the token budget |
-| `no_messages`, `no_answer_turn`, `not_text` | of conversations: no turn, none that answers at the end, not all text |
+Rows that cannot be trained on leave with a reason, see [`reasons`].
 """
 
 import logging
@@ -38,7 +28,7 @@ _REASON = "drop_reason"
 # Rows are long: more of them at a time would fill the memory
 ROWS_IN_MEMORY = 64
 _MISSING_DOCUMENTS = (
-    "Rows have no `document`: books that may not be passed on with LongBlocks. Ask for access to "
+    "Rows have no `document`: books that LongBlocks may not redistribute. Ask for access to "
     "institutional/institutional-books-1.0 on the Hub and give it, or your copy of it, as `books`; without it these "
     "rows are left out and counted as `no_document`."
 )
@@ -92,10 +82,14 @@ class TokenBudget:
 
 
 def is_empty(value: Any) -> bool:
+    """Whether a column holds nothing, or white space."""
     return value is None or not str(value).strip()
 
 
-def read_rows(name_or_path: str | Path | Dataset | IterableDataset, split: str, streaming: bool) -> Any:
+def read_rows(
+    name_or_path: str | Path | Dataset | IterableDataset, split: str, streaming: bool
+) -> Dataset | IterableDataset:
+    """A data set as it is given, or read; as a stream if it is to be one."""
     if isinstance(name_or_path, (Dataset, IterableDataset)):
         rows = name_or_path
     else:
@@ -104,6 +98,7 @@ def read_rows(name_or_path: str | Path | Dataset | IterableDataset, split: str, 
 
 
 def check_columns(rows: Dataset | IterableDataset, names: Iterable[str]) -> None:
+    """Raises a `ValueError` if the columns are not known, or some are missing."""
     if rows.features is None:
         raise ValueError(
             "The columns of this stream are not known. They decide what the training rows hold. State the `features` "

@@ -1,0 +1,74 @@
+"""Which language a text is in."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..text import HANGUL, UNSPACED
+
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
+
+# From a text to its language, `None` where that cannot be said, and the confidence
+Identify = Callable[[str], tuple[str | None, float]]
+
+# Below this number of letters, language identification guesses
+_MIN_LETTERS = 20
+_MIN_DENSE_LETTERS = 8  # of scripts whose characters are syllables or words, or that few languages share
+_DENSE = re.compile(f"[{UNSPACED}{HANGUL}]")
+_MIN_CONFIDENCE = 0.7
+# A short text may look like a sister language: only what is certain counts
+_MIN_OTHER_LANGUAGE_CONFIDENCE = 0.95
+
+
+def identify(text: str) -> tuple[str | None, float]:
+    """The language of a text.
+
+    Args:
+        text (`str`):
+            Some sentences.
+
+    Returns:
+        `tuple[str | None, float]`: the two-letter code and the confidence in [0, 1]; `None` where a text is too short
+        or could be in several languages.
+    """
+    letters = [character for character in text if character.isalpha()]
+    if len(letters) < _MIN_LETTERS and len(_DENSE.findall(text)) < _MIN_DENSE_LETTERS:
+        return None, 0.0
+    code, confidence = _identifier().classify(text)
+    confidence = float(confidence)
+    return (str(code) if confidence >= _MIN_CONFIDENCE else None), confidence
+
+
+@functools.cache
+def _identifier() -> "LanguageIdentifier":
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ImportError(
+            "Recognizing languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
+        ) from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def other_language(texts: dict[str, str], language: str, identify: Identify) -> tuple[str, float] | None:
+    """Which of some texts is in another language than it should be, such as "the question is in fr".
+
+    Args:
+        texts (`dict[str, str]`):
+            The texts, by what they are: "question", "answer", ...
+        language (`str`):
+            Two-letter code of the language that they should be in.
+        identify (`Callable`):
+            Maps a text to its language, `None` where that cannot be said, and the confidence.
+
+    Returns:
+        `tuple[str, float] | None`: the first that is, and the confidence in it; `None` if none is with certainty.
+    """
+    for name, text in texts.items():
+        found, confidence = identify(text)
+        if found not in (None, language) and confidence > _MIN_OTHER_LANGUAGE_CONFIDENCE:
+            return f"the {name} is in {found}", confidence
+    return None
