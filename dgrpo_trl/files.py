@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that nobody reads half of it, and processes that share a folder do not disturb each other."""
+    """Writes a file so that no reader sees half of it, and processes that share a folder do not disturb each other."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -280,7 +280,7 @@ def test_a_mistake_in_the_configuration_is_named(sections, message, tmp_path):
         load_config(write_config(tmp_path, tmp_path / "none", **sections))
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_key_is_refused(tmp_path):
     config = write_config(tmp_path, tmp_path / "none")
     config.write_text(config.read_text() + "cleaning: {min_tokens: 7}\n")
     with pytest.raises(ValueError, match="the key 'cleaning' is given twice"):

@@ -236,23 +236,23 @@ def test_the_same_counts_give_the_same_card_in_whatever_order_they_came():
         ([], "other"),
     ],
 )
-def test_the_licence_is_the_strictest_or_other(licenses, expected):
+def test_the_license_is_the_strictest_or_other(licenses, expected):
     assert hub_license(licenses) == expected
 
 
-def test_a_set_of_several_licences_says_so_and_one_that_is_given_stays():
+def test_a_set_of_several_licenses_says_so_and_one_that_is_given_stays():
     statistics = Statistics()
     for license in ("GPL-3.0", "CC-BY-SA-4.0", None):
         statistics.add(record(), license=license)
     text = render_card(statistics, CardConfig(), **CONTEXT)
     assert (DatasetCard(text).data.license, DatasetCard(text).data.license_name) == ("other", "see-card")
-    assert "No single licence covers the set" in text and ["jargon", "not known", "1"] in tables(text)
+    assert "No single license covers the set" in text and ["jargon", "not known", "1"] in tables(text)
     text = render_card(statistics, CardConfig(license="cc-by-sa-4.0"), **CONTEXT)
     assert DatasetCard(text).data.license == "cc-by-sa-4.0" and "under `cc-by-sa-4.0`" in text
 
 
 @pytest.mark.parametrize("license", ["CC BY", "x\ny: z", ""])
-def test_a_licence_that_is_no_identifier_is_refused(license):
+def test_a_license_that_is_no_identifier_is_refused(license):
     with pytest.raises(ValidationError):
         CardConfig(license=license)
 

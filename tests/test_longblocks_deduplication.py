@@ -17,7 +17,7 @@ from dgrpo_trl.longblocks.builder.decontamination import DecontaminationConfig, 
 from dgrpo_trl.longblocks.builder.deduplication import (
     DeduplicationConfig,
     Deduplicator,
-    normalise_question,
+    normalize_question,
     signature,
 )
 from dgrpo_trl.longblocks.builder.mixing import Mixer, MixingConfig
@@ -134,8 +134,8 @@ def test_signatures_are_the_same_in_every_process():
 
 
 def test_questions_are_the_same_but_for_form():
-    assert normalise_question(" Who IS he?\n") == normalise_question("who is he") != normalise_question("who is she")
-    assert normalise_question("東京は？") == normalise_question("東京 は")
+    assert normalize_question(" Who IS he?\n") == normalize_question("who is he") != normalize_question("who is she")
+    assert normalize_question("東京は？") == normalize_question("東京 は")
 
 
 # --- Evaluation sets

@@ -297,7 +297,7 @@ def test_a_branch_is_made_before_it_is_uploaded_to(folder, hub):
         ({"token": None}, {"repo_id": "me/set"}, ValueError, "There is no token of the Hub"),
         ({"role": "read"}, {"repo_id": "me/set"}, ValueError, "may only read"),
         ({"whoami_error": http_error(HfHubHTTPError, 401)}, {"repo_id": "me/set"}, RuntimeError, "The Hub refuses"),
-        ({"repo": SimpleNamespace(private=False)}, {"repo_id": "me/set"}, ValueError, "is there and public"),
+        ({"repo": SimpleNamespace(private=False)}, {"repo_id": "me/set"}, ValueError, "exists and is public"),
     ],
 )
 def test_what_would_go_wrong_is_found_before_anything_is_changed(folder, hub, changes, config, error, message):

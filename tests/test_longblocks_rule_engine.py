@@ -294,8 +294,8 @@ def test_a_word_that_blocks_cut_apart_is_not_counted():
 
 
 def test_pieces_that_would_fit_into_each_others_gap_are_not_options():
-    licence = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle."
-    text = "\n\n".join(f"{RARE[n]} {licence} {licence} {licence} {licence}" for n in range(12))
+    license = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle."
+    text = "\n\n".join(f"{RARE[n]} {license} {license} {license} {license}" for n in range(12))
     document = Document(text=text, source="s", source_id="x", language="en")
     engine = RuleEngine(RuleEngineConfig(engine="rule", lengths=(None,), tasks={"reconstruction": 1}), count_tokens)
     rows, drops = asyncio.run(engine.rows(document, split_blocks(text), []))

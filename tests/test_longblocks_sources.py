@@ -339,16 +339,16 @@ def test_max_documents_counts_items_whatever_became_of_them(tmp_path):
 
 def test_check_names_the_missing_columns_and_those_there_are(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"content": "a", "id": 1, "meta": {"url": "u"}}])
-    with pytest.raises(ValueError, match=r"no column 'meta\.licence', 'text'. Its columns are content, id, meta"):
-        check_source(source(type="parquet", paths=[path], license_column="meta.licence"))
+    with pytest.raises(ValueError, match=r"no column 'meta\.licenses', 'text'. Its columns are content, id, meta"):
+        check_source(source(type="parquet", paths=[path], license_column="meta.licenses"))
     check_source(source(type="parquet", paths=[path], text_column="content", url_column="meta.url"))
 
 
 def test_key_that_only_later_lines_have_is_not_missing(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "license": None}])
     check_source(source(type="jsonl", paths=[str(path)], license_column="license"))
-    with pytest.raises(ValueError, match="no column 'licence'"):
-        check_source(source(type="jsonl", paths=[str(path)], license_column="licence"))
+    with pytest.raises(ValueError, match="no column 'licenses'"):
+        check_source(source(type="jsonl", paths=[str(path)], license_column="licenses"))
 
 
 @pytest.mark.parametrize("values", [{"type": "jsonl"}, {"type": "parquet"}, {"type": "text"}])

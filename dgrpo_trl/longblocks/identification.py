@@ -11,7 +11,7 @@ from ..text import HANGUL, UNSPACED
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
-# From a text to its language, `None` where that cannot be said, and the confidence
+# From a text to its language, `None` where it is not certain, and the confidence
 Identify = Callable[[str], tuple[str | None, float]]
 
 # Below this number of letters, language identification guesses
@@ -62,7 +62,7 @@ def other_language(texts: dict[str, str], language: str, identify: Identify) -> 
         language (`str`):
             Two-letter code of the language that they should be in.
         identify (`Callable`):
-            Maps a text to its language, `None` where that cannot be said, and the confidence.
+            Maps a text to its language, `None` where it is not certain, and the confidence.
 
     Returns:
         `tuple[str, float] | None`: the first that is, and the confidence in it; `None` if none is with certainty.

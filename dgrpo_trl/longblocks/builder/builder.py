@@ -90,12 +90,12 @@ class Builder:
             stages (`Iterable[str]`, *optional*):
                 Names out of `STAGES`.
             restart_from (`str`, *optional*):
-                Forget what this stage and those after it made: needed after a change of configuration. Finished
+                Remove what this stage and those after it made: needed after a change of configuration. Finished
                 requests are kept all the same.
             retry_failed (`bool`, *optional*, defaults to `False`):
                 Make the parts again from which a server's failure has left something out.
             push (`bool`, *optional*, defaults to `False`):
-                Let the stage `publish` upload. Without it, it says what it would upload.
+                Let the stage `publish` upload. Without it, it reports what it would upload.
 
         Returns:
             `dict`: the summary, which is also in `summary.json`: rows and drops by stage and reason.
@@ -157,12 +157,12 @@ class Builder:
     def _forget(self, stage: str) -> None:
         if stage not in STAGES:
             raise ValueError(f"`restart_from` is {stage!r}, which is no stage. Give one of {', '.join(STAGES)}.")
-        # The last first: killed in between, no later stage keeps what was made of something that is gone
+        # The last first: killed in between, no later stage keeps what was made of something that was removed
         for later in reversed(STAGES[STAGES.index(stage) :]):
             self.store.remove(later)
 
     def _forget_failures(self) -> None:
-        """Forgets its bad replies, the parts that lack something because of a server, and what was made of them."""
+        """Removes bad replies, the parts that lack something because of a server, and what was made of them."""
         for path in (self.store.folder / "requests").glob("*.sqlite"):
             cache = RequestCache(path)
             cache.forget_failures([reason for reason, may_succeed in REQUEST_REASONS.items() if may_succeed])

@@ -1,4 +1,4 @@
-"""The data set's card: what is in it, where it comes from, what was left out, and what nobody has checked."""
+"""The data set's card: what is in it, where it comes from, what was left out, and what has not been checked."""
 
 import html
 import re
@@ -44,8 +44,8 @@ class CardConfig(StrictModel):
     license: str | None = Field(
         default=None,
         pattern=r"^[a-z0-9][a-z0-9.-]*$",
-        description="Licence of the set, as an identifier of the Hub. By default the strictest among its documents', "
-        "and `other` where that is not one licence, or where the licence of a document is not known.",
+        description="License of the set, as an identifier of the Hub. By default the strictest among its documents', "
+        "and `other` where that is not one license, or where the license of a document is not known.",
     )
     tags: tuple[str, ...] = Field(default=("long-context", "synthetic"), description="Tags on the Hub.")
     task_categories: tuple[str, ...] = Field(
@@ -82,7 +82,7 @@ class Statistics:
             num_tokens (`int`, *optional*):
                 Length of its document in tokens; `None` where it is not known.
             license (`str`, *optional*):
-                Licence of its document; `None` where it is not known.
+                License of its document; `None` where it is not known.
         """
         self.num_rows += 1
         self.num_without_document += record["document"] is None
@@ -105,16 +105,16 @@ class Statistics:
 
 
 def hub_license(licenses: Iterable[str | None]) -> str:
-    """The strictest of some licences as an identifier of the Hub; `"other"` if no single known one is.
+    """The strictest of some licenses as an identifier of the Hub; `"other"` if no single known one is.
 
     Args:
         licenses (`Iterable[str]`):
-            Licences as sources write them: names, SPDX identifiers, addresses of Creative Commons. `None`: not known.
+            Licenses as sources write them: names, SPDX identifiers, addresses of Creative Commons. `None`: not known.
 
     Returns:
         `str`: of several versions of CC BY-SA, the latest, to which the earlier ones may be taken.
     """
-    texts = {_normalise_license(license or "") for license in licenses}
+    texts = {_normalize_license(license or "") for license in licenses}
     tiers = {text: next((tier for tier, p in _TIERS if re.search(p, text)), _UNKNOWN) for text in texts}
     strictest = [text for text, tier in tiers.items() if tier == max(tiers.values())]
     found = {match[0] if (match := re.search(_HUB_IDS, text)) else "other" for text in strictest}
@@ -123,7 +123,7 @@ def hub_license(licenses: Iterable[str | None]) -> str:
     return found.pop() if len(found) == 1 else "other"
 
 
-def _normalise_license(text: str) -> str:
+def _normalize_license(text: str) -> str:
     text = re.sub(r"(?:https?://)?(?:www\.)?creativecommons\.org/licenses/", "cc-", text.lower())
     text = re.sub(r"creative commons[\s-]+zero", "cc0", text)
     return re.sub(r"[\s/_]+", "-", text)
@@ -161,7 +161,7 @@ def _bin_label(index: int) -> str:
 
 
 def write_card(folder: Path, statistics: Statistics, config: CardConfig, **context: Any) -> Path:
-    """Writes `README.md`, and the figure beside it where lengths are known.
+    """Writes `README.md`, and its figure where lengths are known.
 
     Args:
         folder (`Path`):
@@ -205,7 +205,7 @@ def render_card(
         recipe (`str`):
             The configuration of the build, verbatim; it must hold no secret.
         fingerprint (`str`):
-            Names the configuration.
+            Fingerprint of the configuration.
         command (`str`):
             Shell command that builds the set from the recipe.
         engine (`str`):
@@ -250,7 +250,7 @@ def render_card(
         checks=_checks_table(statistics),
         drops=_table(("stage", "reason", "left out"), _counted(statistics.drops)),
         set_license=license,
-        licenses=_table(("source", "licence of the documents", "rows"), _counted(statistics.licenses)),
+        licenses=_table(("source", "license of the documents", "rows"), _counted(statistics.licenses)),
         num_without_document=f"{statistics.num_without_document:,}" if statistics.num_without_document else None,
         models=_table(("for", "model"), sorted((models or {}).items())),
         evaluation_sets=", ".join(_text(name) for name in evaluation_sets),
@@ -368,7 +368,7 @@ built with `dgrpo-trl` in the form of [LongBlocks](https://huggingface.co/datase
 | `response_*` | what a teacher model answered with the whole document before it |
 | `task` | kind of question |
 | `evidence` | blocks that the answer rests on: `document[start:end]`, in characters |
-| `document_sha256` | hex digest of the document in UTF-8, with which one put together again is checked |
+| `document_sha256` | hex digest of the document in UTF-8, with which a document joined again is checked |
 | `checks` | what each check of the row found |
 
 ## How it was made
@@ -411,19 +411,19 @@ them.
 {% if checks %}
 {{ checks }}
 {% endif %}
-## Licence
+## License
 
 {% if set_license == "other" -%}
-No single licence covers the set: see the table. Where the licence of a document is not known, find it out before you \
+No single license covers the set: see the table. Where the license of a document is not known, find it out before you \
 use its rows.
 {%- else -%}
-The set is under `{{ set_license }}`. Documents keep the licences of their sources:
+The set is under `{{ set_license }}`. Documents keep the licenses of their sources:
 {%- endif %}
 
 {{ licenses }}
 {% if num_without_document %}
 {{ num_without_document }} rows have no `document`, as its source may not be passed on. With a copy of the source, \
-`dgrpo_trl.longblocks.load_longblocks(..., books=...)` puts it together again by `id` and checks it.
+`dgrpo_trl.longblocks.load_longblocks(..., books=...)` joins it again by `id` and checks it.
 {% endif %}
 ## Building it again
 

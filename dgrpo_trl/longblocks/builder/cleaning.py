@@ -74,7 +74,7 @@ _SECRET = re.compile(
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
-# A long document is judged by samples of so many characters, at its beginning, in its middle and at its end
+# A long document is judged by samples of this many characters, at its beginning, in its middle and at its end
 _SAMPLE_CHARS = 1000
 # From this confidence on, the language that the source states is doubted
 _CERTAIN = 0.95

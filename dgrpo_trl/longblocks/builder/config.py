@@ -50,17 +50,17 @@ class BuildConfig(StrictModel):
 
     name: str = Field(pattern=r"^[\w][\w.-]*$", description="Name of the build, and of its folder.")
     tokenizer: str | None = Field(
-        None, description="Counts lengths: path or Hub id. Default: an estimate of four bytes a token."
+        None, description="Counts lengths: path or Hub id. Default: an estimate of four bytes per token."
     )
     documents_per_part: int = Field(
-        32, ge=1, description="Documents of a part, which is the unit that is made again after a crash."
+        32, ge=1, description="Documents per part. A part that is not complete is made again after a crash."
     )
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Where documents come from.")
     cleaning: CleaningConfig = CleaningConfig()
     deduplication: DeduplicationConfig = DeduplicationConfig()
     blocks: BlocksConfig = BlocksConfig()
     servers: dict[str, ServerConfig] = Field(
-        default_factory=dict, description="Models to ask, by the names that other sections call them."
+        default_factory=dict, description="Models to ask, by the names that other sections use."
     )
     questions: Annotated[RuleEngineConfig | LLMEngineConfig, Field(discriminator="engine")]
     verification: VerificationConfig = VerificationConfig()
@@ -83,7 +83,7 @@ class BuildConfig(StrictModel):
                 if name not in self.servers:
                     raise ValueError(
                         f"The section `{stage}` asks the server {name!r}, which is not among `servers`: "
-                        f"{sorted(self.servers)}. There is nobody to ask. Add it, or name one of these."
+                        f"{sorted(self.servers)}. There is no model to ask. Add it, or name one of these."
                     )
         published_schema(self.response_models)  # raises where two models would share a column
         return self
@@ -125,7 +125,7 @@ class BuildConfig(StrictModel):
 
     @property
     def fingerprint(self) -> str:
-        """Names the configuration by all that decides the rows: 16 hex digits."""
+        """Identifies the configuration by all that decides the rows: 16 hex digits."""
         content = json.dumps({stage: self.settings(stage) for stage in STAGES}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Documents that are there already, exactly or nearly; and when two questions are the same.
+"""Documents that repeat another, exactly or nearly; and when two questions are the same.
 
 Near duplicates are found by MinHash over shingles, and looked up in bands of the signature that lie in SQLite: memory
 does not grow with the number of documents.
@@ -31,7 +31,7 @@ class DeduplicationConfig(StrictModel):
     """Section `deduplication`. Of documents that are alike the first stays."""
 
     enabled: bool = Field(True, description="Whether to look for duplicates at all.")
-    near: bool = Field(True, description="Whether to look for near duplicates, beside exact ones.")
+    near: bool = Field(True, description="Whether to look for near duplicates too, not only exact ones.")
     threshold: float = Field(
         0.7, gt=0, le=1, description="Estimated share of common shingles (Jaccard) from which documents are alike."
     )
@@ -56,8 +56,8 @@ def signature(text: str, config: DeduplicationConfig) -> bytes:
         `bytes`: 8 of a hash of the text, then `num_bands * rows_per_band` numbers of 4 bytes, or none of these where
         near duplicates are not looked for.
     """
-    normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    exact = hashlib.blake2b(normalised.encode(), digest_size=_EXACT_BYTES).digest()
+    normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    exact = hashlib.blake2b(normalized.encode(), digest_size=_EXACT_BYTES).digest()
     if not (config.enabled and config.near):
         return exact
     try:
@@ -68,7 +68,7 @@ def signature(text: str, config: DeduplicationConfig) -> bytes:
             "'dgrpo-trl[longblocks]'`, or set `deduplication.near: false`."
         ) from error
     minhash = MinHash(config.num_bands * config.rows_per_band, seed=_SEED, hashfunc=_hash, scheme="affine32")
-    minhash.update_batch([shingle.encode() for shingle in _shingles(normalised, config)])
+    minhash.update_batch([shingle.encode() for shingle in _shingles(normalized, config)])
     return exact + np.asarray(minhash.hashvalues, dtype="<u4").tobytes()
 
 
@@ -169,6 +169,6 @@ class Deduplicator:
         self._database.commit()
 
 
-def normalise_question(text: str) -> str:
+def normalize_question(text: str) -> str:
     """A question without what makes no difference: case, punctuation, white space, and forms of the same character."""
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())

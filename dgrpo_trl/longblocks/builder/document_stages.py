@@ -99,5 +99,5 @@ def remove_duplicates(build: Build) -> None:
                 else:
                     drops.append(drop)
                 build.progress.advance(int(drop is None), [drop] if drop else [])
-            deduplicator.commit()  # before the part: what it holds of an unfinished part is forgotten
+            deduplicator.commit()  # before the part: what it holds of an unfinished part is removed
             store.write("deduplication", part, KEPT_SCHEMA, kept, drops, len(kept) + len(drops))

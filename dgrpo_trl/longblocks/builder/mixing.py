@@ -1,4 +1,4 @@
-"""Which rows stay, out of all: one of equal ones, so many of a document, and shares of tasks, languages or sources."""
+"""Which rows stay: one of equal ones, a limit per document, and shares of tasks, languages or sources."""
 
 import hashlib
 import sqlite3
@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 
 from ...strict_model import StrictModel
 from ..records import Drop, Row
-from .deduplication import normalise_question
+from .deduplication import normalize_question
 
 
 class MixingConfig(StrictModel):
-    """What the data set is to be made of. The default keeps every row that is not there twice."""
+    """Section `mixing`. The default keeps every row, but those that repeat another."""
 
     max_rows: int | None = Field(default=None, ge=1, description="Rows of the data set at most.")
-    max_rows_per_document: int | None = Field(default=None, ge=1, description="Rows of a document at most.")
+    max_rows_per_document: int | None = Field(default=None, ge=1, description="Rows per document at most.")
     share_by: Literal["task", "language", "source"] = Field(default="task", description="What `shares` are of.")
     shares: dict[str, float] = Field(
         default_factory=dict,
@@ -42,7 +42,7 @@ class Mixer:
 
     Args:
         path (`Path`):
-            SQLite file; one that is there is overwritten.
+            SQLite file, overwritten if it exists.
         config ([`MixingConfig`]):
             What to choose.
     """
@@ -79,7 +79,7 @@ class Mixer:
             database.execute("CREATE INDEX by_part ON rows (part, position)")
 
     def _entry(self, part: str, position: int, row: Row) -> tuple[str | int, ...]:
-        question = hashlib.sha256(normalise_question(row.question).encode()).hexdigest()
+        question = hashlib.sha256(normalize_question(row.question).encode()).hexdigest()
         pair = hashlib.sha256(f"{question}:{row.answer.casefold().strip()}".encode()).hexdigest()
         draw = hashlib.sha256(f"{self.config.seed}:{row.id}".encode()).hexdigest()
         kind = getattr(row, self.config.share_by)

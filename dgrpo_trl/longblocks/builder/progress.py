@@ -12,6 +12,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -23,7 +24,7 @@ from ..records import Drop
 
 logger = logging.getLogger(__name__)
 
-# Where nobody watches a terminal, a line a minute goes to the log instead
+# Without a terminal, one line per minute goes to the log instead
 SECONDS_BETWEEN_LINES = 60
 SECONDS_BETWEEN_UPDATES = 0.1
 
@@ -37,7 +38,7 @@ class _RateColumn(ProgressColumn):
 class Progress:
     """The bar of the stage that is running. A context manager; entered once for all stages of a run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -48,7 +49,7 @@ class Progress:
             TextColumn("{task.fields[status]}"),
             console=Console(stderr=True),
         )
-        self._task = None
+        self._task: TaskID | None = None
         self._stage = ""
         self._num_kept = self._num_new = 0
         self._reasons: Counter[str] = Counter()
@@ -84,6 +85,8 @@ class Progress:
             logger.info(f"{self._stage}: {task.completed:.0f} of {task.total or '?'}, {self._counts()} {status()}")
 
     def _update(self, status: str = "") -> None:
+        if self._task is None:
+            return
         self._bar.update(self._task, advance=self._num_new, status=f"{self._counts()} {status}")
         self._num_new = 0
 

@@ -1,7 +1,7 @@
 """The finished set: Parquet files as LongBlocks has them, a folder of `save_to_disk`, and the Hub.
 
 A row leaves here for one reason, `cannot_be_rejoined`: its document may not be passed on, and is not the source's text
-as it is, so that nobody could put it together again.
+as it is, which could not be joined again.
 """
 
 import fnmatch
@@ -105,7 +105,7 @@ def published_record(
             Teachers whose responses the set holds.
         may_redistribute (`bool`, *optional*, defaults to `True`):
             Whether the source lets its text be passed on. If not, `document` is `None` and `id` is the id in the
-            source, as in the published set; `document_sha256` tells whether one put together again is right.
+            source, as in the published set; `document_sha256` tells whether a document joined again is right.
 
     Returns:
         `dict` with the columns of [`published_schema`], or [`~records.Drop`].
@@ -281,9 +281,9 @@ class PushPlan:
 def push(folder: Path, config: PublishConfig, dry_run: bool = True) -> PushPlan:
     """Uploads the card, its figures and the Parquet files of a folder to the Hub.
 
-    What the Hub already holds is not sent again, so that an upload that was cut off is mended by another. Parquet
-    files there that are no longer part of the set go. A large set may take several commits. Name, token and files are
-    checked before anything is changed.
+    What the Hub already holds is not sent again, so that running it again completes an interrupted upload. Parquet
+    files there that are no longer part of the set are deleted. A large set may take several commits. Name, token and
+    files are checked before anything is changed.
 
     Args:
         folder (`Path`):
@@ -291,14 +291,14 @@ def push(folder: Path, config: PublishConfig, dry_run: bool = True) -> PushPlan:
         config ([`PublishConfig`]):
             Where to.
         dry_run (`bool`, *optional*, defaults to `True`):
-            Only say what would be uploaded. Nothing is sent and nobody is asked.
+            Only report what would be uploaded. Nothing is sent, and the Hub is not asked.
 
     Returns:
         [`PushPlan`]
 
     Raises:
         ValueError: If a file is missing, the name is not one of the Hub, there is no token or it may only read, or the
-            set is to be private and a public one of this name is there.
+            set is to be private and a public one of this name exists.
         RuntimeError: If the Hub does not accept the token.
     """
     files = _published_files(folder)
@@ -355,7 +355,7 @@ def _checked_api(config: PublishConfig) -> Any:
         raise ValueError("HF_HUB_OFFLINE is set. Nothing can be uploaded offline. Unset it.")
     if get_token() is None:
         raise ValueError(
-            "There is no token of the Hub. An upload is made in somebody's name. Run `hf auth login`, or set HF_TOKEN "
+            "There is no token of the Hub. An upload needs an account. Run `hf auth login`, or set HF_TOKEN "
             "to one that may write."
         )
     api = HfApi()
@@ -372,7 +372,7 @@ def _checked_api(config: PublishConfig) -> Any:
         ) from error
     if config.private and not is_private:
         raise ValueError(
-            f"`private` is set, but {config.repo_id!r} is there and public. Rows uploaded to it would be seen by "
+            f"`private` is set, but {config.repo_id!r} exists and is public. Rows uploaded to it would be seen by "
             "everyone. Choose another `repo_id`, make that one private, or set `private: false`."
         )
     return api

@@ -34,7 +34,7 @@ class TeacherConfig(StrictModel):
 class ResponsesConfig(StrictModel):
     """Section `responses`."""
 
-    teachers: tuple[TeacherConfig, ...] = Field((), description="Who answers. Default: nobody.")
+    teachers: tuple[TeacherConfig, ...] = Field((), description="Models that answer. Default: none.")
 
 
 class Responder:
@@ -46,7 +46,7 @@ class Responder:
         clients (`dict[str, ChatClient]`):
             The teachers, by the names of their servers.
         identify (`Callable`, *optional*):
-            Maps a text to its language, `None` where that cannot be said, and the confidence. Without it, languages
+            Maps a text to its language, `None` where it is not certain, and the confidence. Without it, languages
             are not looked at.
     """
 

@@ -1,12 +1,11 @@
-"""The builder's memory on disk: parts that are written whole or not at all, and what the configuration was.
+"""The builder's memory on disk: parts that are complete or missing, and what the configuration was.
 
     work/<stage>/<part>/rows.parquet     what the stage made of the part
                         drops.parquet    what it left out, and why
                         part.json        how much it read
 
-All in `output_dir`. A part is made under another name and renamed, so that one that is there is complete. Killed at
-any moment, a run finds the parts that were finished and makes the others again from the beginning, with the same
-result.
+All in `output_dir`. A part is written under another name and renamed, so that one that exists is complete. Killed at
+any moment, a run finds the finished parts and makes the others again, with the same result.
 """
 
 import dataclasses
@@ -104,7 +103,7 @@ class Store:
 
     Args:
         folder (`Path`):
-            The builder's `work` folder; made if it is not there.
+            The builder's `work` folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -133,7 +132,7 @@ class Store:
         drops: Iterable[Drop],
         num_read: int,
     ) -> None:
-        """Writes a part, atomically: after a crash it is there whole, or not at all.
+        """Writes a part, atomically: after a crash it is complete, or missing.
 
         Raises:
             ValueError: If a drop has a reason that is not in the table of [`reasons`].
@@ -176,7 +175,7 @@ class Store:
                 yield from (Drop(**record) for record in batch.to_pylist())
 
     def remove(self, stage: str, part: str | None = None) -> None:
-        """Forgets a part, or all that there is of a stage: after a crash it is there whole, or not at all."""
+        """Removes a part, or a whole stage: after a crash it is complete, or missing."""
         path = self.folder / stage if part is None else self.path(stage, part)
         removed = path.with_name(f".removed-{path.name}")
         shutil.rmtree(removed, ignore_errors=True)  # what a killed run left

@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d.,]*")
 _THOUSANDS_MARK = re.compile(r"(?<=\d)['\u00a0\u2009\u202f\u2019](?=\d{3}(?!\d))")
 # Thousands and decimals are parted one way or the other: "1.234" may be either
 _SEPARATORS = ((",", r"\."), (r"\.", ","))
-# An answer of at most so many words is expected whole in a reply of at most so many; two characters of a script
+# An answer of at most this many words is expected whole, in a reply of at most this many. Two characters of a script
 # without spaces count as a word
 _SHORT_ANSWER_WORDS, _SHORT_REPLY_WORDS = 6, 30
 _LETTERS = re.compile(r"[\W_]*[^\W\d_](?:[\W_]+[^\W\d_])*[\W_]*")

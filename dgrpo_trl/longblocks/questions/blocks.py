@@ -94,17 +94,17 @@ class BlocksConfig(StrictModel):
     """Section `blocks`: how documents are split, and which blocks count as related."""
 
     min_block_chars: int = Field(
-        default=400, ge=1, description="Neighbours are joined until a block has so many characters, where they fit."
+        default=400, ge=1, description="Neighbors are joined until a block has this many characters, where they fit."
     )
     max_block_chars: int = Field(
         default=2000, ge=16, description="Longest block, in characters. A longer paragraph is cut at its sentences."
     )
     links_per_block: int = Field(default=4, ge=0, description="Largest number of related blocks kept for a block.")
     min_link_distance: int = Field(
-        default=3, ge=1, description="Related blocks are at least so many blocks apart; 1 allows neighbours."
+        default=3, ge=1, description="Related blocks are at least this many blocks apart; 1 allows neighbors."
     )
     min_shared_terms: int = Field(
-        default=2, ge=1, description="Related blocks share at least so many terms that are rare in the document."
+        default=2, ge=1, description="Related blocks share at least this many terms that are rare in the document."
     )
 
     @model_validator(mode="after")

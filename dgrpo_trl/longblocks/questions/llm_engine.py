@@ -35,7 +35,7 @@ class LLMTask:
         weight (`float`):
             Its share of the questions on text, where the configuration does not say.
         instruction (`str`):
-            What the writer is told.
+            What the writer is to do.
         min_evidence_blocks (`int`, *optional*, defaults to 1):
             An answer rests on at least this many blocks.
         is_for_code (`bool`, *optional*, defaults to `False`):
@@ -181,7 +181,7 @@ class LLMEngine:
         client ([`ChatClient`]):
             The writer.
         identify (`Callable`, *optional*):
-            Maps a text to its language, `None` where that cannot be said, and the confidence. Without it, languages
+            Maps a text to its language, `None` where it is not certain, and the confidence. Without it, languages
             are not looked at.
     """
 

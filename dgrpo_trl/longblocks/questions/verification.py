@@ -130,7 +130,7 @@ class Verifier:
         judge ([`ChatClient`], *optional*):
             The model that judges.
         identify (`Callable`):
-            Maps a text to its language, `None` where that cannot be said, and the confidence.
+            Maps a text to its language, `None` where it is not certain, and the confidence.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class BookCache:
 
     Args:
         path (`str` or `Path`):
-            The file; made if it is not there. It stays where it is, and is added to.
+            The file, created if it does not exist. It is kept, and added to.
     """
 
     def __init__(self, path: str | Path):

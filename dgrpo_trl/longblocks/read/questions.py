@@ -109,8 +109,8 @@ def load_longblocks(
       the set records evidence, and `None` in rows without; not with `completion_column`.
     - `completion`: conversational, the text of `completion_column`, if that is given: TRL's form for `SFTTrainer`.
 
-    Documents that the set may not hold are put together from the pages of `books`, and in rows that record a
-    `document_sha256`, checked against it. Rows that cannot be used leave, see [`DropCounts`].
+    Documents that the set may not hold are joined from the pages of `books`, and checked against the `document_sha256`
+    of rows that record one. Rows that cannot be used leave, see [`DropCounts`].
 
     Args:
         name_or_path (`str`, `Path`, [`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):

@@ -156,7 +156,7 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
             license_column="metadata.license",
             url_column="metadata.url",
             notes=(
-                "`id` is only unique within a site. The licence is the question's: answers may be under another "
+                "`id` is only unique within a site. The license is the question's: answers may be under another "
                 "version of CC BY-SA. Mostly English, with sites in Spanish, Japanese, Portuguese and Russian: the "
                 "language has to be found out."
             ),
@@ -166,7 +166,7 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
             dataset="manu/project_gutenberg",
             split="{language}",
             languages=MappingProxyType({language: language for language in _GUTENBERG_LANGUAGES}),
-            notes="The Hub states no licence. Project Gutenberg's header and footer are in the text.",
+            notes="The Hub states no license. Project Gutenberg's header and footer are in the text.",
         ),
         "institutional-books": Corpus(
             title="Institutional-Books-1.0",

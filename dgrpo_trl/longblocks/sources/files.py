@@ -145,7 +145,7 @@ def find_files(root: Path, is_wanted: Callable[[str], bool], exclude: Iterable[s
     """Walks through a folder, in the order of names.
 
     Links to folders are not followed, so that a loop ends. A folder that cannot be listed is yielded like a file:
-    reading it tells why.
+    reading it says why.
 
     Args:
         root (`Path`):
@@ -281,7 +281,7 @@ def _decoded(data: bytes, encoding: str) -> str | None:
 
 
 def _detect(data: bytes) -> str | None:
-    """What `charset_normalizer` takes the encoding for; `None` for bytes that look like no text."""
+    """The encoding that `charset_normalizer` detects; `None` for bytes that look like no text."""
     from charset_normalizer import from_bytes
 
     # Short texts in one-byte encodings are taken for these, which have NULs or a mark in practice
@@ -304,7 +304,7 @@ def archive_members(
         with open(path, "rb") as file:
             is_zip = zipfile.is_zipfile(file)
         if not is_zip and not tarfile.is_tarfile(path):
-            raise ValueError(f"{path} is neither a tar nor a zip archive. Its type is told by its content. Give one.")
+            raise ValueError(f"{path} is neither a tar nor a zip archive. Its content decides. Give one.")
     except OSError as error:
         raise ValueError(f"The archive {path} cannot be read: {error}. Give a file that can.") from error
     members = _zip_members(path) if is_zip else _tar_members(path)
@@ -352,7 +352,7 @@ def _read_member(name: str, open_member: Callable[[], Stream], max_bytes: int) -
 
 
 def fetch_from_pypi(requirement: str, sha256: str, folder: Path) -> Path:
-    """A file of a package, as `pip download` gets it; a file that is there is not downloaded again.
+    """A file of a package, as `pip download` gets it; a file that exists is not downloaded again.
 
     Args:
         requirement (`str`):

@@ -57,7 +57,7 @@ class CorpusSource(Source):
         if corpus.needs_language and self.language is None:
             raise ValueError(f"The corpus {self.corpus!r} is divided by language. Give one as `language`.")
         if not corpus.needs_language and self.language not in (None, corpus.language):
-            what = f"is in {corpus.language!r}" if corpus.language else "mixes languages that are not told apart"
+            what = f"is in {corpus.language!r}" if corpus.language else "mixes languages without marking them"
             raise ValueError(
                 f"`language` is {self.language!r}, but the corpus {self.corpus!r} {what}. Remove `language`."
             )
@@ -130,7 +130,7 @@ def read_source(config: SourceConfig, skip: int = 0) -> Iterator[Document | Drop
 
     Raises:
         ValueError: If there is no such source.
-        RuntimeError: If a stream of the Hub breaks off; reading can go on from the same item.
+        RuntimeError: If a stream of the Hub breaks off; reading can resume at the same item.
     """
     limit = None if config.max_documents is None else max(0, config.max_documents - skip)
     return islice(config.read(skip), limit)

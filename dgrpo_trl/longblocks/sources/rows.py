@@ -278,7 +278,7 @@ def _parse_json(line: bytes) -> dict[str, Any] | BadItem:
 
 
 def _existing(columns: Iterable[str] | None, names: list[str] | None) -> list[str] | None:
-    """The top-level columns among `names` that `columns` are in; `None`, for all of them, if that cannot be told."""
+    """The top-level columns among `names` that `columns` are in; `None`, for all, if names are unknown."""
     if columns is None or names is None:
         return None
     found = dict.fromkeys(column if column in names else column.partition(".")[0] for column in columns)
