@@ -90,6 +90,30 @@ def load_training_data(
     return train, test
 
 
+def load_questions(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase, split: str = "train", system_message: str | None = None
+) -> Dataset:
+    """Held-out rows with a `prompt` to evaluate: as they are, or made of LongBlocks rows.
+
+    Args:
+        name_or_path (`str`):
+            File, folder or Hub id.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's. Breaks up special tokens that stand literally in LongBlocks rows.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a data set of the Hub.
+        system_message (`str`, *optional*):
+            System turn of prompts made of LongBlocks rows.
+
+    Raises:
+        ValueError: If they cannot be read, or have neither a `prompt` nor the columns of LongBlocks.
+    """
+    rows = load_rows(name_or_path, split=split)
+    if "prompt" in rows.column_names:
+        return rows
+    return load_longblocks(rows, tokenizer=tokenizer, system_message=system_message)
+
+
 @dataclass(frozen=True)
 class _Reader:
     args: LongBlocksArguments

@@ -16,11 +16,20 @@ from trl import TrlParser
 
 from dgrpo_trl.cli import compare
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
-from dgrpo_trl.evaluation.compare.training import area_under_curve, steps_to_reach
+from dgrpo_trl.evaluation.results import Run, read_run
 
 
-comparison = pytest.importorskip("dgrpo_trl.evaluation.compare.statistics")
-compare_runs, compare_training, read_run = comparison.compare_runs, comparison.compare_training, comparison.read_run
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from dgrpo_trl.evaluation.compare.statistics import compare_runs, evaluation_command  # noqa: E402
+from dgrpo_trl.evaluation.compare.training import (  # noqa: E402
+    area_under_curve,
+    compare_training,
+    read_log_history,
+    read_training,
+    steps_to_reach,
+)
 
 
 def make_results(name, scores, **changes):
@@ -68,15 +77,15 @@ def random_scores(seed, num_samples=60, share=0.5):
     return {cell: (rng.random(num_samples) < share).astype(float) for cell in cells}
 
 
-def test_scores_and_differences_are_means_over_cells_of_means_over_samples(save):
+def test_scores_and_differences_are_means_over_samples(save):
     a = read_run(save("a", {("vt", 512): [1, 0, 0, 0], ("vt", 1024): [0, 0]}))
     b = read_run(save("b", {("vt", 512): [1, 1, 0, 1], ("vt", 1024): [0.5, 0]}))
     found = compare_runs({"a": [a], "b": [b]}, num_resamples=200)
     assert find(found["scores"], "b", "vt", 512)["score"] == 0.75
     assert find(found["scores"], "b", "vt", 1024)["score"] == 0.25
-    assert find(found["scores"], "b")["score"] == 0.5  # over cells; over samples it would be 3.5 / 6
-    assert find(found["scores"], "a")["score"] == 0.125
-    assert find(found["differences"], "b")["difference"] == 0.375
+    assert find(found["scores"], "b")["score"] == pytest.approx(3.5 / 6)  # over cells it would be 0.5
+    assert find(found["scores"], "a")["score"] == pytest.approx(1 / 6)
+    assert find(found["differences"], "b")["difference"] == pytest.approx(2.5 / 6)
     assert find(found["differences"], "b", length=512)["difference"] == 0.5
     assert find(found["differences"], "b", task="vt")["num_samples"] == 6
     assert not [e for e in found["differences"] if e["group"] == "a"]
@@ -134,7 +143,7 @@ def coverage(make_data, truth, num_data_sets):
             for j, scores in enumerate(members):
                 results = make_results(f"{name}{j}", scores)
                 cells = {(c["task"], c["length"]): {s["id"]: s for s in c["samples"]} for c in results["cells"]}
-                groups[name].append(comparison.Run(f"{name}{j}", None, results, cells))
+                groups[name].append(Run(f"{name}{j}", None, results, cells))
         low, high = find(compare_runs(groups, num_resamples=400, seed=i)["differences"], "b")["interval"]
         hits += low <= truth <= high
     return hits / num_data_sets
@@ -167,10 +176,14 @@ def test_intervals_of_three_seeds_each_hold_the_true_difference_in_95_of_100_dat
     assert -3.3 * (0.95 * 0.05 / 600) ** 0.5 < coverage(make_data, 0.1, 600) - 0.95 < 0.035
 
 
-def test_the_interval_of_seeds_is_that_of_welch():
-    a, b = np.array([0.1, 0.2, 0.3]), np.array([0.6, 0.6, 0.9])
+def test_the_interval_of_seeds_is_that_of_welch(save):
+    # All samples of a run score the same, so that other samples would change nothing
+    groups = {
+        name: [read_run(save(f"{name}{i}", {("vt", 512): [mean] * 9})) for i, mean in enumerate(means)]
+        for name, means in (("a", (0.1, 0.2, 0.3)), ("b", (0.6, 0.6, 0.9)))
+    }
     # By hand: s2/n = 0.01/3 and 0.03/3; se = sqrt(0.04/3) = 0.11547; df = (4/3)^2 / ((1/9 + 1) / 2) = 3.2
-    low, high = comparison._interval(0.5, np.full(9, 0.5), [a, b])
+    low, high = find(compare_runs(groups, num_resamples=50)["differences"], "b")["interval"]
     assert ((high - low) / 2, (high + low) / 2) == pytest.approx((0.11547 * 3.0731, 0.5), rel=1e-3)
 
 
@@ -194,7 +207,7 @@ def test_missing_cells_are_told_and_only_common_cells_are_compared(save):
     groups = {"whole": [read_run(save("whole", whole))], "part": [read_run(save("part", part))]}
     found = compare_runs(groups, num_resamples=100)
     assert any("`part` lacks 1 of 4 cells (cwe at 1,024)" in note for note in found["notes"])
-    expected = np.mean([part[cell].mean() - whole[cell].mean() for cell in part])
+    expected = np.mean([part[cell].mean() - whole[cell].mean() for cell in part])  # of equally many samples
     assert find(found["differences"], "part")["difference"] == pytest.approx(expected)
     assert find(found["differences"], "part")["num_cells"] == 3
     assert not find(found["scores"], "part")["complete"] and find(found["scores"], "part", length=512)["complete"]
@@ -213,7 +226,7 @@ def test_runs_without_a_common_cell_cannot_be_compared(save):
         (lambda results: results.update(seed=7), "`seed` is 0 and 7"),
         (lambda results: results["settings"].update(num_samples=3), "`num_samples` is 4 and 3"),
         (lambda results: results["settings"].update(tokenizer="other"), "`tokenizer` is null and \"other\""),
-        (lambda results: None, "no setting says why"),
+        (lambda results: None, "differ: no setting"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["fewer", "other id", "other reference"])
@@ -238,7 +251,7 @@ def test_the_same_samples_in_other_tokens_are_compared_and_told(save, tmp_path):
     results["cells"][0]["samples"][0]["num_tokens"] += 1
     (tmp_path / "b.json").write_text(json.dumps(results))
     notes = compare_runs({"a": [a], "b": [read_run(tmp_path / "b.json")]}, num_resamples=50)["notes"]
-    assert any("other numbers of tokens" in note for note in notes)
+    assert any("different numbers of tokens" in note for note in notes)
 
 
 def test_other_settings_are_told_but_not_the_model(save):
@@ -251,9 +264,9 @@ def test_other_settings_are_told_but_not_the_model(save):
 
 
 def test_what_cannot_be_read_says_so(save, tmp_path):
-    with pytest.raises(FileNotFoundError, match="goes on where it stopped"):
+    with pytest.raises(FileNotFoundError, match="it resumes"):
         read_run(tmp_path)
-    with pytest.raises(ValueError, match="has format 2"):
+    with pytest.raises(ValueError, match="has format 2, but format 1"):
         read_run(save("new", {("vt", 512): [1]}, format=2))
     cell = copy.deepcopy(make_results("x", {("vt", 512): [1, 0]})["cells"])
     cell[0]["samples"][1]["id"] = cell[0]["samples"][0]["id"]
@@ -285,9 +298,15 @@ def test_the_command_shown_gives_the_settings_of_the_run():
         **{"chat_template_kwargs": {"enable_thinking": False}, "output_dir": "out", "overwrite": True},
     )
     settings = {**asdict(given), "model_sha256": "0", "model_commit": "1", "haystack_sha256": None}
-    words = shlex.split(comparison.evaluation_command(settings))
+    words = shlex.split(evaluation_command(settings))
     (read,) = TrlParser((EvaluationArguments,)).parse_args_and_config(words[2:])
     assert read == given and words[:2] == ["python", "scripts/evaluate.py"]
+
+
+def test_a_training_without_a_log_has_no_entries(tmp_path):
+    assert read_log_history(tmp_path) == []
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
+    assert read_log_history(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize(
@@ -337,12 +356,13 @@ def test_training_is_read_from_the_newest_checkpoint_and_from_evaluated_checkpoi
     save_log(tmp_path / "run" / "checkpoint-9", [0.1])
     save_log(tmp_path / "run" / "checkpoint-10", [0.1, 0.2])
     for step, scores in ((9, [1, 0]), (10, [1, 1])):
-        results = make_results("x", {("vt", 512): scores, **({("vt", 1024): [0]} if step == 10 else {})})
+        cells = {("vt", 512): scores, ("cwe", 512): [1] * 6}
+        results = make_results("x", {**cells, **({("vt", 1024): [0]} if step == 10 else {})})
         (tmp_path / "run" / f"checkpoint-{step}" / "results.json").write_text(json.dumps(results))
-    curves = comparison.read_training(tmp_path / "run")
-    assert curves["reward"] == [(1, 0.1), (2, 0.2)] and curves["accuracy"] == [(9, 0.5), (10, 1.0)]
+    curves = read_training(tmp_path / "run")
+    assert curves["reward"] == [(1, 0.1), (2, 0.2)] and curves["accuracy"] == [(9, 7 / 8), (10, 1.0)]
     with pytest.raises(FileNotFoundError, match="has no curve"):
-        comparison.read_training(tmp_path)
+        read_training(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +455,7 @@ def test_the_page_in_a_browser_shows_the_figures_of_the_json_and_loads_nothing(s
     page = Page(dom)
     assert "CONSOLE" not in log, log
     assert all(url.startswith("data:") for url in page.loaded) and not page.unnamed
-    assert not re.search(r"@import|url\(|https?://", dom) and "<i>" not in dom
+    assert not re.search(r"@import|url\((?!&quot;#|#)|https?://", dom) and "<i>" not in dom
 
     def percent(share, sign=""):
         return re.sub(r"^[+-]0\.0$", "0.0", f"{100 * share:{sign}.1f}")
@@ -465,7 +485,7 @@ def test_the_page_in_a_browser_shows_the_figures_of_the_json_and_loads_nothing(s
     assert page.tables["harness"][1] == ["gsm8k: exact_match, strict-match", "–", "0.25 0.25 to 0.25", "–"]
     area = found["training"]["reward"]["areas"]["b <i>|"]["mean"]
     assert page.tables["training-reward"][1] == ["b <i>|", "3", f"{area:.3g}"]
-    assert dom.count('role="img"') == 2 + 3 + 2  # differences; all and two tasks; reward and divergence
+    assert dom.count("<svg") == dom.count('role="img"') == 2 + 3 + 2  # differences; all, two tasks; reward, divergence
     text = (tmp_path / "out" / "comparison.md").read_text()
     overall = find(found["scores"], "start")
     interval = " to ".join(map(percent, overall["interval"]))

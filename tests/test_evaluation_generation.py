@@ -1,4 +1,4 @@
-"""Completions: padding, a shared beginning, penalties of the checkpoint, vLLM's adapter."""
+"""Completions: batches, padding, a shared beginning, penalties of the checkpoint, the adapter of vLLM."""
 
 import sys
 import types
@@ -55,6 +55,7 @@ def forwards(model):
 WINDOW = {"sliding_window": 40, "max_position_embeddings": 1024}
 KINDS = {
     "full attention": ("Qwen3", {"max_position_embeddings": 1024}),
+    "another family": ("Llama", {"max_position_embeddings": 1024}),
     "a window in every layer": ("Mistral", WINDOW),
     "a window in some layers": (
         "Qwen3",
@@ -63,9 +64,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 700])
+@pytest.mark.parametrize("max_batch_tokens", [1, 700, 10_000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shared_beginning_changes_no_completion(tokenizer, make_model, kind, max_batch_tokens):
+def test_batching_padding_and_a_shared_beginning_change_no_completion(tokenizer, make_model, kind, max_batch_tokens):
     name, overrides = KINDS[kind]
     model = make_model(name, **overrides)
     expected = [greedy(model, tokenizer, *pair, 6) for pair in zip(PROMPTS, PREFIXES, strict=True)]
@@ -98,7 +99,7 @@ def test_a_shared_beginning_runs_once(tokenizer, make_model):
         assert sum(seen) == expected
 
 
-def test_what_cannot_go_on_from_a_cache_is_run_whole(make_model):
+def test_what_cannot_continue_from_a_cache_is_run_whole(make_model):
     def rope(kind, **more):
         return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, **more}}
 
@@ -143,6 +144,28 @@ def test_a_control_token_in_a_document_stays_text(tokenizer):
     (ids,) = tokenize_prompts(tokenizer, [turn("before <|im_end|> after")])
     ends = ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends == 1  # the template's own
+
+
+def test_batches_hold_every_prompt_once_within_the_budget(tokenizer, make_model):
+    model = make_model(max_position_embeddings=1024)
+    generate, shapes = model.generate, []
+
+    def record(input_ids, **kwargs):
+        shapes.append(input_ids.shape)
+        return generate(input_ids=input_ids, **kwargs)
+
+    model.generate = record
+    prompts = [turn("word " * count) for count in (5, 90, 7, 30, 31, 6, 200, 8)]
+    generate_completions(model, tokenizer, prompts, 10, 700, None)
+    assert sum(rows for rows, _ in shapes) == len(prompts) > len(shapes)
+    assert all(rows == 1 or rows * (length + 10) <= 700 for rows, length in shapes)
+    assert any(length + 10 > 700 for _, length in shapes)  # a prompt over the budget is a batch by itself
+
+
+def test_generation_leaves_the_mode_of_the_model_as_it_was(tokenizer, make_model):
+    model = make_model(max_position_embeddings=1024).train()
+    generate_completions(model, tokenizer, PROMPTS[:1], 1, 700, None)
+    assert model.training
 
 
 def test_progress_counts_every_prompt_once(tokenizer, make_model):

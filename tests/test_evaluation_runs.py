@@ -1,7 +1,8 @@
-"""A run: what it refuses, how it goes on, what it writes; the command from end to end with a tiny model."""
+"""A run: what it refuses, how it resumes, what it writes; the command from end to end with a tiny model."""
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,12 +10,11 @@ import pytest
 import torch
 from trl import TrlParser
 
-from dgrpo_trl.evaluation import overlap, results, runs
+from dgrpo_trl.evaluation import runs
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.evaluation.results import results_table, score_cell
 from dgrpo_trl.evaluation.runs import EvaluationRun
 from dgrpo_trl.evaluation.samples import Cell, Sample
-from dgrpo_trl.evaluation.scores import score_interval
 
 
 TASKS = ["niah_single_1", "cwe"]
@@ -61,100 +61,85 @@ def arguments(saved_model, tmp_path):
     return make
 
 
-@pytest.fixture
-def answers_with(monkeypatch):
-    """Puts a function of a sample in the place of the model; gives the samples that it was asked."""
-    asked = []
+class Answers:
+    """A function of a sample in the place of a model; keeps the samples that it was asked."""
 
-    def patch(answer):
-        def generator(self):
-            def generate(samples, on_progress):
-                asked.extend(samples)
-                on_progress(len(samples))
-                return [answer(sample) for sample in samples]
+    def __init__(self, answer, stop_before=None):
+        self.answer, self.asked, self.stop_before = answer, [], stop_before
 
-            return generate
-
-        monkeypatch.setattr(EvaluationRun, "_generator", generator)
-        return asked
-
-    return patch
-
-
-def cells_of(results):
-    return {(cell["task"], cell["length"]): cell for cell in results["cells"]}
-
-
-def test_a_perfect_model_scores_100_in_every_cell(arguments, answers_with, questions):
-    answers_with(lambda sample: ", ".join(sample.references))
-    results = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, questions=str(questions))).run()
-    assert {cell["score"] for cell in results["cells"]} == {1.0}
-    assert set(cells_of(results)) == {(t, n) for t in TASKS for n in LENGTHS} | {("lookup", 2048), ("sum", 2048)}
-    assert "| niah_single_1 | 100 (34-100) | 100 (34-100) |" in results_table(results)
-
-
-def test_a_model_that_says_nothing_scores_0(arguments, answers_with, questions):
-    answers_with(lambda sample: "")
-    results = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, questions=str(questions))).run()
-    assert {cell["score"] for cell in results["cells"]} == {0.0}
-
-
-def test_a_model_that_repeats_the_prompt_has_all_of_ruler_and_no_question(arguments, answers_with, questions):
-    answers_with(lambda sample: sample.messages[-1]["content"])
-    args = arguments(tasks=TASKS, lengths=[2048], questions=str(questions), prompt_column="teacher_prompt")
-    scores = {
-        task: (cell["score"], cell.get("mentioned")) for (task, _), cell in cells_of(EvaluationRun(args).run()).items()
-    }
-    # Substrings are what RULER counts; a question wants the answer alone, and says beside it whether it was mentioned
-    assert scores == {"niah_single_1": (1.0, None), "cwe": (1.0, None), "lookup": (0.0, 1.0), "sum": (0.0, 1.0)}
+    def __call__(self, samples, on_progress):
+        if self.stop_before is not None and len(self.asked) >= self.stop_before:
+            raise Stopped
+        self.asked.extend(samples)
+        on_progress(len(samples))
+        return [self.answer(sample) for sample in samples]
 
 
 class Stopped(Exception):
     pass
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_next_cell_and_ends_alike(arguments, answers_with, monkeypatch):
+def silent(sample):
+    return ""
+
+
+def cells_of(results):
+    return {(cell["task"], cell["length"]): cell for cell in results["cells"]}
+
+
+def test_a_perfect_model_scores_100_in_every_cell(arguments, questions):
+    run = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, questions=str(questions)))
+    results = run.run(Answers(lambda sample: ", ".join(sample.references)))
+    assert {cell["score"] for cell in results["cells"]} == {1.0}
+    assert set(cells_of(results)) == {(t, n) for t in TASKS for n in LENGTHS} | {("lookup", 2048), ("sum", 2048)}
+    assert "| niah_single_1 | 100 (34-100) | 100 (34-100) |" in results_table(results)
+
+
+def test_a_model_that_says_nothing_scores_0(arguments, questions):
+    run = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, questions=str(questions)))
+    assert {cell["score"] for cell in run.run(Answers(silent))["cells"]} == {0.0}
+
+
+def test_a_model_that_repeats_the_prompt_has_all_of_ruler_and_no_question(arguments, questions):
+    args = arguments(tasks=TASKS, lengths=[2048], questions=str(questions), prompt_column="teacher_prompt")
+    results = EvaluationRun(args).run(Answers(lambda sample: sample.messages[-1]["content"]))
+    scores = {task: (cell["score"], cell.get("mentioned")) for (task, _), cell in cells_of(results).items()}
+    # Substrings are what RULER counts; a question wants the answer alone, and tells beside it whether it was mentioned
+    assert scores == {"niah_single_1": (1.0, None), "cwe": (1.0, None), "lookup": (0.0, 1.0), "sum": (0.0, 1.0)}
+
+
+def test_a_stopped_run_resumes_at_the_next_cell_and_ends_alike(arguments):
     args = arguments(tasks=TASKS, lengths=LENGTHS)
-    asked = answers_with(lambda sample: sample.references[0])
-    write, written = runs.write_json, []
-
-    def stop_after_two(path, content):
-        if path.parent.name == "cells" and len(written) == 2:
-            raise Stopped
-        write(path, content)
-        written.extend([path.name] if path.parent.name == "cells" else [])
-
-    monkeypatch.setattr(runs, "write_json", stop_after_two)
+    first, second = LENGTHS
     with pytest.raises(Stopped):
-        EvaluationRun(args).run()
-    assert sorted(path.name for path in Path(args.output_dir, "cells").iterdir()) == sorted(written)
+        EvaluationRun(args).run(Answers(lambda sample: sample.references[0], stop_before=4))
+    cells = sorted(path.name for path in Path(args.output_dir, "cells").iterdir())
+    assert cells == [f"niah_single_1-{first}.json", f"niah_single_1-{second}.json"]
     assert not Path(args.output_dir, "results.json").exists()
-    monkeypatch.setattr(runs, "write_json", write)
-    before, asked[:] = len(asked), []
-    results = EvaluationRun(args).run()
-    assert before == 6 and len(asked) == 4  # the third cell was not kept, and is asked again with the fourth
-    asked.clear()
-    whole = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, output_dir=args.output_dir + "2")).run()
+    resumed = Answers(lambda sample: sample.references[0])
+    results = EvaluationRun(args).run(resumed)
+    assert [sample.id for sample in resumed.asked] == [f"cwe-{n}-0-{i}" for n in LENGTHS for i in (0, 1)]
+    again = Answers(lambda sample: sample.references[0])
+    whole = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, output_dir=args.output_dir + "2")).run(again)
 
     def without_times(run):
         return [{key: value for key, value in cell.items() if key != "seconds"} for cell in run["cells"]]
 
-    assert len(asked) == 8 and without_times(whole) == without_times(results)
-    asked.clear()
-    assert EvaluationRun(args).run() == results and not asked  # complete: nothing is asked, no weights are read
+    assert len(again.asked) == 8 and without_times(whole) == without_times(results)
+    assert EvaluationRun(args).run() == results  # complete: nothing is asked, no weights are read
 
 
-def test_a_cell_half_written_is_not_there(arguments, answers_with, monkeypatch):
-    answers_with(lambda sample: "")
-    args = arguments(tasks=TASKS[:1], lengths=[2048])
+def test_an_incomplete_cell_is_not_read(arguments, monkeypatch):
+    run = EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048]))
 
     def fail(*_):
         raise Stopped
 
-    monkeypatch.setattr(results.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)  # killed before the file has its name
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(Stopped):
-        EvaluationRun(args).run()
-    assert not list(Path(args.output_dir).rglob("*.json"))
+        run.run(Answers(silent))
+    assert not list(Path(run.output_dir, "cells").glob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -166,26 +151,23 @@ def test_a_cell_half_written_is_not_there(arguments, answers_with, monkeypatch):
         ({"dtype": "bfloat16"}, "dtype 'auto' -> 'bfloat16'"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused_unless_overwritten(arguments, answers_with, changed, named):
-    asked = answers_with(lambda sample: "")
-    first = EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048])).run()
+def test_a_folder_of_other_settings_is_refused_unless_overwritten(arguments, changed, named):
+    first = EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048])).run(Answers(silent))
     with pytest.raises(ValueError, match=f"other settings: {re.escape(named)}.*overwrite: true"):
         EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048], **changed))
-    asked.clear()
-    again = EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048], overwrite=True, **changed)).run()
-    assert asked and again["fingerprint"] != first["fingerprint"]
+    answers = Answers(silent)
+    again = EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048], overwrite=True, **changed)).run(answers)
+    assert answers.asked and again["fingerprint"] != first["fingerprint"]
 
 
-def test_a_run_may_get_more_tasks_and_another_pace(arguments, answers_with):
-    asked = answers_with(lambda sample: "")
-    EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048])).run()
-    asked.clear()
-    results = EvaluationRun(arguments(tasks=TASKS, lengths=LENGTHS, max_batch_tokens=1, name="more")).run()
-    assert len(asked) == 6 and len(results["cells"]) == 4
+def test_a_run_may_get_more_tasks_and_another_pace(arguments):
+    EvaluationRun(arguments(tasks=TASKS[:1], lengths=[2048])).run(Answers(silent))
+    answers = Answers(silent)
+    more = arguments(tasks=TASKS, lengths=LENGTHS, max_batch_tokens=1, name="more")
+    assert len(EvaluationRun(more).run(answers)["cells"]) == 4 and len(answers.asked) == 6
 
 
-def test_other_weights_under_the_same_path_are_another_run(make_model, tokenizer, tmp_path, answers_with):
-    answers_with(lambda sample: "")
+def test_other_weights_under_the_same_path_are_another_run(make_model, tokenizer, tmp_path):
     path = tmp_path / "trained"
     args = EvaluationArguments(
         str(path), output_dir=str(tmp_path / "run"), tasks=TASKS[:1], lengths=[2048], num_samples=1
@@ -194,16 +176,15 @@ def test_other_weights_under_the_same_path_are_another_run(make_model, tokenizer
         make_model(seed=seed, max_position_embeddings=4096).save_pretrained(path)
         tokenizer.save_pretrained(path)
         if seed == 0:
-            EvaluationRun(args).run()
+            EvaluationRun(args).run(Answers(silent))
     with pytest.raises(ValueError, match="model_sha256"):
         EvaluationRun(args)
 
 
-def test_other_questions_under_the_same_path_are_another_run(arguments, answers_with, questions, tmp_path):
-    answers_with(lambda sample: "")
+def test_other_questions_under_the_same_path_are_another_run(arguments, questions, tmp_path):
     copied = tmp_path / "questions.jsonl"
     copied.write_text(questions.read_text())
-    EvaluationRun(arguments(questions=str(copied), lengths=[2048])).run()
+    EvaluationRun(arguments(questions=str(copied), lengths=[2048])).run(Answers(silent))
     copied.write_text(questions.read_text().replace("Venice", "Genoa"))
     with pytest.raises(ValueError, match="questions_sha256"):
         EvaluationRun(arguments(questions=str(copied), lengths=[2048]))
@@ -213,14 +194,15 @@ def test_other_questions_under_the_same_path_are_another_run(arguments, answers_
     ("kwargs", "message"),
     [
         ({}, "nothing to ask"),
-        ({"tasks": ["niah"], "lengths": [512]}, "'niah'.* nothing here makes.*niah_single_1"),
+        ({"tasks": ["niah"], "lengths": [512]}, "'niah'.* does not make.*niah_single_1"),
         ({"tasks": TASKS}, "`tasks` need `lengths`"),
         ({"tasks": TASKS, "lengths": [512], "num_samples": 0}, "`num_samples` is 0"),
+        ({"tasks": TASKS, "lengths": [512], "num_samples": None}, "`tasks` need `num_samples`"),
         ({"tasks": TASKS, "lengths": [512], "backend": "tgi"}, "`backend` is 'tgi'"),
-        ({"tasks": TASKS, "lengths": [512], "model_init_kwargs": "{"}, "`model_init_kwargs` .* no JSON"),
+        ({"tasks": TASKS, "lengths": [512], "model_init_kwargs": "{"}, "`model_init_kwargs` .* not JSON"),
         ({"tasks": TASKS, "lengths": [512], "vllm_kwargs": "[1]"}, "`vllm_kwargs` .* JSON object"),
-        ({"tasks": TASKS, "lengths": [512], "output_dir": None}, "`output_dir` is missing"),
-        ({"tasks": TASKS, "lengths": [512], "model_name_or_path": None}, "`model_name_or_path` is missing"),
+        ({"tasks": TASKS, "lengths": [512], "output_dir": ""}, "`output_dir` is missing"),
+        ({"tasks": TASKS, "lengths": [512], "model_name_or_path": ""}, "`model_name_or_path` is missing"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, kwargs, message):
@@ -234,7 +216,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments, kwargs, message):
         ({"tasks": TASKS, "lengths": [64]}, "64"),
         ({"tasks": TASKS, "lengths": [2048, 8192]}, "8,192 tokens, more than the 4,096 positions.*YaRN"),
         ({"questions": "QUESTIONS"}, "`questions` need `lengths`"),
-        ({"questions": "QUESTIONS", "lengths": [64]}, "none is left"),
+        ({"questions": "QUESTIONS", "lengths": [64]}, "All 5 rows are dropped"),
         ({"questions": "QUESTIONS", "lengths": [2048], "prompt_column": "asked"}, "no column 'asked'"),
         ({"questions": "nowhere.jsonl", "lengths": [2048]}, "'nowhere.jsonl' cannot be read"),
         (
@@ -244,27 +226,10 @@ def test_arguments_that_make_no_sense_are_refused(arguments, kwargs, message):
         ({"tasks": TASKS, "lengths": [2048], "model_name_or_path": "nowhere"}, "'nowhere' cannot be read"),
     ],
 )
-def test_what_cannot_run_is_said_before_weights_load(arguments, questions, monkeypatch, kwargs, message):
-    monkeypatch.setattr(runs, "load_model", None)
+def test_what_cannot_run_raises_before_weights_load(arguments, questions, kwargs, message):
     values = {key: str(questions) if value == "QUESTIONS" else value for key, value in kwargs.items()}
     with pytest.raises(ValueError, match=message):
         EvaluationRun(arguments(**values))
-
-
-@pytest.mark.parametrize("tokens_per_pass", [1, 10**9])
-def test_every_prompt_is_compared_with_the_training_data(arguments, tmp_path, monkeypatch, tokens_per_pass):
-    monkeypatch.setattr(overlap, "_TOKENS_PER_PASS", tokens_per_pass)
-    values = {"tasks": TASKS, "lengths": LENGTHS, "overwrite": True}
-    prompts = [
-        sample.messages[0]["content"] for cell in EvaluationRun(arguments(**values)).cells for sample in cell.make()
-    ]
-    path = tmp_path / "training.jsonl"
-    for prompt in (prompts[0], prompts[-1]):
-        path.write_text(json.dumps({"prompt": prompt}), encoding="utf-8")
-        with pytest.raises(ValueError, match="share text"):
-            EvaluationRun(arguments(**values, training_data=str(path)))
-    path.write_text(json.dumps({"prompt": "Nothing of it."}), encoding="utf-8")
-    EvaluationRun(arguments(**values, training_data=str(path)))
 
 
 def test_yarn_in_the_arguments_counts_as_positions_and_reaches_the_model(arguments):
@@ -274,7 +239,7 @@ def test_yarn_in_the_arguments_counts_as_positions_and_reaches_the_model(argumen
         model_init_kwargs=json.dumps({"rope_parameters": rope, "max_position_embeddings": 16384}),
     )
     run = EvaluationRun(args)
-    assert run.cells[0].length == 8192 and run._model.config.rope_parameters["factor"] == 4.0
+    assert run.cells[0].length == 8192 and run.model.config.rope_parameters["factor"] == 4.0
     assert args.vllm_overrides()["hf_overrides"]["max_position_embeddings"] == 16384
 
 
@@ -301,14 +266,13 @@ def test_a_tokenizer_without_a_template_is_refused(make_model, tokenizer, tmp_pa
         EvaluationRun(EvaluationArguments(str(tmp_path), output_dir=str(tmp_path), tasks=TASKS, lengths=[2048]))
 
 
-def test_a_length_bin_of_the_rows_decides_the_cell(arguments, answers_with, questions, tmp_path):
-    answers_with(lambda sample: "")
+def test_a_length_bin_of_the_rows_decides_the_cell(arguments, questions, tmp_path):
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     path = tmp_path / "binned.jsonl"
     path.write_text(
         "".join(json.dumps({**row, "length_bin": 128 + 32 * (i % 3)}) + "\n" for i, row in enumerate(rows))
     )
-    found = cells_of(EvaluationRun(arguments(questions=str(path))).run())
+    found = cells_of(EvaluationRun(arguments(questions=str(path))).run(Answers(silent)))
     assert {key: [sample["id"] for sample in cell["samples"]] for key, cell in found.items()} == {
         ("lookup", 128): ["lookup-row0"],
         ("lookup", 160): ["lookup-row4"],
@@ -318,10 +282,10 @@ def test_a_length_bin_of_the_rows_decides_the_cell(arguments, answers_with, ques
     }
 
 
-def test_the_teacher_reads_its_own_prompt(arguments, answers_with, questions):
-    asked = answers_with(lambda sample: "")
-    EvaluationRun(arguments(questions=str(questions), lengths=[2048], prompt_column="teacher_prompt")).run()
-    assert all(sample.messages[0]["content"].startswith("The number of the mill") for sample in asked)
+def test_the_teacher_reads_its_own_prompt(arguments, questions):
+    answers = Answers(silent)
+    EvaluationRun(arguments(questions=str(questions), lengths=[2048], prompt_column="teacher_prompt")).run(answers)
+    assert all(sample.messages[0]["content"].startswith("The number of the mill") for sample in answers.asked)
 
 
 def sample(references=("a",), number=0):
@@ -340,12 +304,19 @@ def test_the_score_of_a_cell_is_the_mean_of_its_samples():
     }
 
 
-def test_intervals_are_wilsons_of_shares_and_a_bootstrap_of_other_means():
-    assert score_interval([1.0] * 5 + [0.0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    low, high = score_interval([0.0, 0.5, 1.0] * 100)
-    # Standard error of the mean: sqrt(1/6 / 300) = 0.0236
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.0236, 0.5 + 1.96 * 0.0236), abs=0.005)
-    assert score_interval([0.5] * 4) == (0.5, 0.5)
+def test_a_cell_needs_one_completion_per_sample():
+    with pytest.raises(ValueError, match="one completion per sample, got 1 for 2"):
+        score_cell(Cell("vt", 512, "string_match_all", list), [sample(), sample()], ["a"], 0.0)
+
+
+def test_the_mean_of_a_length_is_over_samples_and_needs_all_tasks():
+    def cell(task, length, completions):
+        samples = [sample(number=i) for i in range(len(completions))]
+        return score_cell(Cell(task, length, "exact_match", list), samples, completions, 0.0)
+
+    cells = [cell("sum", 128, ["a", "b"]), cell("lookup", 128, ["a"] * 6), cell("sum", 256, ["a"])]
+    table = results_table({"name": "x", "model": "m", "fingerprint": "0", "cells": cells, "harness": {}})
+    assert "| mean | 87.5 |  |" in table  # 7 of 8; over cells it would be 75.0
 
 
 def run_command(*flags):

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..evaluation.compare.page import to_markdown, write_comparison
-from ..evaluation.compare.statistics import Run, compare_runs, compare_training, read_run
+from ..evaluation.compare import Run, compare_runs, compare_training, read_run, to_markdown, write_comparison
 from .arguments import exit_with_message, parse_arguments
 
 

@@ -2,55 +2,67 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..positions import POSITION_ARGUMENTS
 from .ruler import RULER_TASKS
 from .scores import QUESTION_METRICS
 
 
+# On a command line a text of JSON; after `__post_init__` always a mapping
+if TYPE_CHECKING:
+    JsonObject = dict[str, Any]
+else:
+    JsonObject = dict | str | None
+
+
 @dataclass
 class EvaluationArguments:
-    """What `scripts/evaluate.py` reads from a YAML and from the command line."""
+    """What `scripts/evaluate.py` reads from a YAML file and from the command line."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or path of the model."})
+    model_name_or_path: str = field(default="", metadata={"help": "Hub id or path of the model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "'bfloat16', 'float32', ..., or 'auto': as it is stored."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of transformers."})
-    model_init_kwargs: dict | str | None = field(
-        default=None,
+    dtype: str = field(default="auto", metadata={"help": "'bfloat16', 'float32', ..., or 'auto': as stored."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of transformers."}
+    )
+    model_init_kwargs: JsonObject = field(
+        default_factory=dict,
         metadata={
             "help": "More arguments of `from_pretrained`, such as `rope_parameters` (YaRN) and "
             "`max_position_embeddings`; as JSON on the command line."
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template, such as `enable_thinking: false`."}
+    chat_template_kwargs: JsonObject = field(
+        default_factory=dict, metadata={"help": "Arguments of the chat template, such as `enable_thinking: false`."}
     )
-    system_message: str | None = field(default=None, metadata={"help": "System turn of the tasks made here."})
+    system_message: str | None = field(
+        default=None, metadata={"help": "System turn of `tasks`, and of questions without a prompt."}
+    )
     backend: str = field(
-        default="transformers", metadata={"help": "What generates.", "choices": ["transformers", "vllm"]}
+        default="transformers",
+        metadata={"help": "What generates the completions.", "choices": ["transformers", "vllm"]},
     )
-    vllm_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of `vllm.LLM`, such as `tensor_parallel_size`."}
+    vllm_kwargs: JsonObject = field(
+        default_factory=dict, metadata={"help": "Arguments of `vllm.LLM`, such as `tensor_parallel_size`."}
     )
     max_batch_tokens: int = field(
-        default=32768, metadata={"help": "Longest batch of transformers, in tokens, padding and completions included."}
+        default=32768, metadata={"help": "Largest batch of transformers, in tokens, padding and completions included."}
     )
     tasks: list[str] | None = field(
-        default=None, metadata={"help": "RULER's tasks, made here: their names, or 'all'."}
+        default=None, metadata={"help": "RULER's tasks, made without downloads: names, or 'all'."}
     )
-    lengths: list[int] | None = field(
-        default=None,
+    lengths: list[int] = field(
+        default_factory=list,
         metadata={"help": "Tokens of prompt and longest completion together, with the chat template."},
     )
     num_samples: int | None = field(
-        default=100, metadata={"help": "Samples of each task and length; of questions, at most so many."}
+        default=100, metadata={"help": "Samples per task and length; of questions, the most per task and length."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples of `tasks`."})
     haystack: str | None = field(
-        default=None, metadata={"help": "Text file to hide needles in, instead of lines of noise and essays."}
+        default=None, metadata={"help": "Text file to hide needles in, instead of repeated noise."}
     )
     questions: str | None = field(
         default=None,
@@ -63,68 +75,76 @@ class EvaluationArguments:
     questions_metric: str = field(
         default="exact_match",
         metadata={
-            "help": "Score of an answer: the reference alone, or 'mentioned', whatever else is said.",
+            "help": "Score of an answer: 'exact_match' wants the reference alone, 'mentioned' wants it anywhere.",
             "choices": list(QUESTION_METRICS),
         },
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to a question, in tokens."})
     training_data: str | None = field(
         default=None,
-        metadata={"help": "Rows that the model was trained on: the run is refused if a prompt shares text with them."},
+        metadata={"help": "Rows that the model was trained on: an error if a prompt shares text with them."},
     )
     harness_tasks: list[str] | None = field(
         default=None, metadata={"help": "Tasks or groups of lm-evaluation-harness (extra `eval`)."}
     )
-    harness_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of `lm_eval.simple_evaluate` for all of them."}
+    harness_kwargs: JsonObject = field(
+        default_factory=dict, metadata={"help": "Arguments of `lm_eval.simple_evaluate` for all `harness_tasks`."}
     )
-    harness_task_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "The same for single tasks: from their names to arguments."}
+    harness_task_kwargs: JsonObject = field(
+        default_factory=dict, metadata={"help": "The same for single tasks: from task names to arguments."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run."})
-    name: str | None = field(default=None, metadata={"help": "Name of the run; the folder's by default."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what another run left in `output_dir`."})
+    output_dir: str = field(default="", metadata={"help": "Folder of the run."})
+    name: str | None = field(default=None, metadata={"help": "Name of the run; default: that of `output_dir`."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the results of another run in `output_dir`."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             *("model_init_kwargs", "chat_template_kwargs", "vllm_kwargs", "harness_kwargs", "harness_task_kwargs"),
         ):
             value = getattr(self, name)
-            if isinstance(value, str):
-                value = _parsed(name, value)
-            setattr(self, name, value or {})
-        if self.model_name_or_path is None:
+            setattr(self, name, _parsed(name, value) if isinstance(value, str) else value or {})
+        if self.tasks == ["all"]:
+            self.tasks = list(RULER_TASKS)
+        self.lengths = sorted(set(self.lengths or ()))
+        self._check_model_and_output()
+        self._check_tasks()
+        for name in ("num_samples", "max_new_tokens", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}. It is a count. Choose 1 or more.")
+
+    def _check_model_and_output(self) -> None:
+        if not self.model_name_or_path:
             raise ValueError("`model_name_or_path` is missing. There is nothing to evaluate. Set it.")
-        if self.output_dir is None:
+        if not self.output_dir:
             raise ValueError(
-                "`output_dir` is missing. Results have no place. Set it, for instance to outputs/eval/NAME."
+                "`output_dir` is missing. Results are written to it. Set it, for instance to outputs/eval/NAME."
             )
         if self.backend not in ("transformers", "vllm"):
-            raise ValueError(f"`backend` is {self.backend!r}. It generates. Choose 'transformers' or 'vllm'.")
+            raise ValueError(
+                f"`backend` is {self.backend!r}. It generates the completions. Choose 'transformers' or 'vllm'."
+            )
+
+    def _check_tasks(self) -> None:
+        if not (self.tasks or self.questions or self.harness_tasks):
+            raise ValueError("There is nothing to ask. Set `tasks`, `questions` or `harness_tasks`.")
+        if unknown := sorted(set(self.tasks or ()) - set(RULER_TASKS)):
+            raise ValueError(
+                f"`tasks` has {', '.join(map(repr, unknown))}, which this package does not make. "
+                f"Choose from {', '.join(RULER_TASKS)}; for others, set `harness_tasks`."
+            )
+        if self.tasks and not self.lengths:
+            raise ValueError("`tasks` need `lengths`, in tokens. Their prompts are made to a length. Set `lengths`.")
+        if self.tasks and self.num_samples is None:
+            raise ValueError("`tasks` need `num_samples`. Their samples are made. Set a number.")
         if self.questions_metric not in QUESTION_METRICS:
             raise ValueError(
                 f"`questions_metric` is {self.questions_metric!r}. It scores answers. Choose from "
                 f"{', '.join(QUESTION_METRICS)}."
             )
-        if not (self.tasks or self.questions or self.harness_tasks):
-            raise ValueError("There is nothing to ask. Set `tasks`, `questions` or `harness_tasks`.")
-        if self.tasks == ["all"]:
-            self.tasks = list(RULER_TASKS)
-        if unknown := sorted(set(self.tasks or ()) - set(RULER_TASKS)):
-            raise ValueError(
-                f"`tasks` has {', '.join(map(repr, unknown))}, which nothing here makes. Choose from "
-                f"{', '.join(RULER_TASKS)}; for others, set `harness_tasks`."
-            )
-        if self.tasks and not self.lengths:
-            raise ValueError("`tasks` need `lengths`, in tokens. A sample has no length of its own. Set them.")
-        for name in ("num_samples", "max_new_tokens", "max_batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}. It is a count. Choose 1 or more.")
-        self.lengths = sorted(set(self.lengths or ()))
 
     def vllm_overrides(self) -> dict[str, Any]:
-        """What `model_init_kwargs` says of the positions, as vLLM takes it."""
+        """The positions of `model_init_kwargs`, as vLLM takes them."""
         overrides = {
             name: self.model_init_kwargs[name] for name in POSITION_ARGUMENTS if name in self.model_init_kwargs
         }
@@ -135,7 +155,7 @@ def _parsed(name: str, text: str) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` is {text!r}, which is no JSON: {error}. Write {{'\"key\": value'}}.") from error
+        raise ValueError(f"`{name}` is {text!r}, which is not JSON: {error}. Write {{'\"key\": value'}}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` is {text!r}. It maps names to values. Write a JSON object.")
     return value

@@ -1,6 +1,6 @@
 """Greedy completions of conversational prompts, by transformers or by vLLM.
 
-A text that several prompts begin with is run once: transformers fills a cache with it that each question then goes on
+A text that several prompts begin with is run once: transformers fills a cache with it that each question continues
 from, vLLM has a prefix cache of its own. Both get the same token ids.
 """
 
@@ -24,7 +24,7 @@ MIN_SHARED_TOKENS = 256
 
 
 def bind_chat_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
-    """Writes arguments of the chat template into it, so that everyone who renders it gets the same text.
+    """Writes arguments of the chat template into it, so that it renders the same text wherever it is used.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -49,7 +49,7 @@ def tokenize_prompts(
         prompts (`Sequence[list[dict]]`):
             Lists of messages.
         answer_prefixes (`Sequence[str]`, *optional*):
-            What each answer begins with: it follows the generation prompt, and the model goes on from it.
+            What each answer begins with: it follows the generation prompt, and the model continues from it.
 
     Returns:
         `list[list[int]]`
@@ -74,13 +74,13 @@ def generate_completions(
     answer_prefixes: Sequence[str] | None = None,
     shared_with: Sequence[str | None] | None = None,
     min_shared_tokens: int = MIN_SHARED_TOKENS,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> list[str]:
     """Greedy completions of conversational prompts, in the order given.
 
     Prompts of similar length share a batch, padded on the left, so that little is computed for padding. Prompts that
-    begin with the same text run it once. What the checkpoint's generation defaults say of sampling and penalties is
-    left out; its end-of-sequence tokens count.
+    begin with the same text run it once. Sampling and penalties of the checkpoint's generation defaults are ignored;
+    their end-of-sequence tokens are used.
 
     Args:
         model (`PreTrainedModel`):
@@ -92,9 +92,9 @@ def generate_completions(
         max_new_tokens (`int`, *optional*, defaults to `16`):
             Longest completion, in tokens.
         max_batch_tokens (`int`, *optional*, defaults to `8192`):
-            Longest batch, in tokens, padding and completions included. A longer prompt forms a batch alone.
+            Longest batch, in tokens, padding and completions included. A longer prompt is a batch by itself.
         description (`str`, *optional*, defaults to `"generate"`):
-            Text beside the progress bar. `None` shows no bar.
+            Text of the progress bar. `None` shows no bar.
         answer_prefixes (`Sequence[str]`, *optional*):
             See [`tokenize_prompts`].
         shared_with (`Sequence[str | None]`, *optional*):
@@ -103,7 +103,7 @@ def generate_completions(
         min_shared_tokens (`int`, *optional*, defaults to `256`):
             Shorter beginnings are not shared.
         on_progress (`Callable[[int], None]`, *optional*):
-            Called with the number of prompts that were completed.
+            Called with the number of prompts completed since the last call.
 
     Returns:
         `list[str]`: the completions, without special tokens and without the answer prefix.
@@ -146,10 +146,10 @@ def generate_completions(
 
 
 def can_continue(model: PreTrainedModel) -> bool:
-    """Whether going on from a cache of a prompt's beginning gives what running the whole prompt gives.
+    """Whether continuing from a cache of a prompt's beginning is the same as running the whole prompt.
 
-    Attention over all tokens or over a sliding window does. Chunked and linear attention, and positions whose scaling
-    depends on the length of the text (`dynamic`, `longrope`), do not, and are run whole.
+    It is with attention over all tokens or over a sliding window. It is not with chunked or linear attention, nor with
+    positions whose scaling depends on the length of the text (`dynamic`, `longrope`): their prompts are run whole.
     """
     values = model.config.get_text_config().to_dict()
     if set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
@@ -177,7 +177,7 @@ def greedy_config(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 def _shared_groups(
     prompt_ids: Sequence[list[int]], shared_with: Sequence[str | None] | None, min_shared_tokens: int
 ) -> list[tuple[list[int], int]]:
-    """Rows that begin alike, and how many tokens they share; the longest first."""
+    """Rows that begin with the same tokens, and the number of these; the longest first."""
     by_key: dict[str, list[int]] = {}
     for i, key in enumerate(shared_with or ()):
         if key is not None:
@@ -185,9 +185,7 @@ def _shared_groups(
     groups = []
     for rows in by_key.values():
         first = prompt_ids[rows[0]]
-        num_shared = (
-            min(len(prompt_ids[i]) for i in rows) - 1
-        )  # a last token is left, which predicts the first new one
+        num_shared = min(len(prompt_ids[i]) for i in rows) - 1  # the last token predicts the first new one
         for i in rows[1:]:
             equal = (a == b for a, b in zip(first[:num_shared], prompt_ids[i], strict=False))
             num_shared = next((place for place, same in enumerate(equal) if not same), num_shared)
@@ -197,7 +195,7 @@ def _shared_groups(
 
 
 def _prefill(model: PreTrainedModel, ids: list[int]) -> DynamicCache:
-    """Keys and values of a text; its logits are not made, but for one token."""
+    """Keys and values of a text; logits are computed for one token only."""
     cache = DynamicCache(config=model.config)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, **last)
@@ -205,7 +203,7 @@ def _prefill(model: PreTrainedModel, ids: list[int]) -> DynamicCache:
 
 
 def _batch(prompt_ids: Sequence[list[int]], num_cached: int, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch padded on the left, but behind the tokens that the cache holds; both tensors are of shape `(B, L)`."""
+    """A batch padded on the left, but after the tokens in the cache; both tensors have shape `(B, L)`."""
     longest = max(len(ids) for ids in prompt_ids)
     input_ids, mask = [], []
     for ids in prompt_ids:
@@ -222,10 +220,9 @@ def _shared_batches(
     max_new_tokens: int,
     max_batch_tokens: int,
 ) -> Iterable[list[int]]:
-    """Batches of rows that go on from one cache.
+    """Batches of rows that continue from one cache.
 
-    A sliding window counts padding that stands between the cache and a question: rows of unequal length are then kept
-    apart.
+    A sliding window counts the padding between the cache and a question: only rows of equal length are then batched.
     """
     parts: dict[int, list[int]] = {}
     for i in rows:
@@ -236,8 +233,8 @@ def _shared_batches(
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, max_batch_tokens: int) -> Iterable[list[int]]:
-    """Row numbers in batches of similar length, longest first, so that running out of memory shows at once."""
-    batch = []
+    """Row numbers in batches of similar length, longest first, so that it runs out of memory at the start or never."""
+    batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[batch[0]] if batch else lengths[i]
         if batch and (len(batch) + 1) * (longest + max_new_tokens) > max_batch_tokens:

@@ -1,7 +1,6 @@
-"""What needles lie in: sentences of noise, of a text, or other needles."""
+"""What needles are hidden in: sentences of noise or of a text, or other needles."""
 
 import hashlib
-import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,16 +21,16 @@ _SENTENCE_END = re.compile(
 
 @dataclass(frozen=True)
 class Haystack:
-    """What needles lie in: sentences, between which the needles go.
+    """What needles are hidden in: sentences, between which the needles go.
 
     Args:
         name (`str`):
             For the ids of samples.
         sentences (`tuple[str, ...]`):
-            Taken in this order, from any one on, and again from the first when they are used up; the last one is cut
-            after any word. None of them: distractors, needles with other keys and values, of which none is cut.
+            Taken in this order, starting at any one and from the first again after the last; the last one taken is
+            cut after any word. If empty, distractors take their place: needles with other keys and values, uncut.
         separator (`str`, *optional*, defaults to `" "`):
-            Stands between sentences and needles.
+            Goes between sentences and needles.
     """
 
     name: str
@@ -40,20 +39,20 @@ class Haystack:
 
     @classmethod
     def from_text(cls, text: str) -> "Haystack":
-        """A text of any language, such as the essays of RULER; white space in it is made even.
+        """A text of any language, such as the essays of RULER; runs of white space become one space.
 
         Raises:
             ValueError: if it is empty.
         """
         text = " ".join(text.split())
         if not text:
-            raise ValueError("`text` is empty. Needles are hidden in its sentences. Give a text, or take `NOISE`.")
+            raise ValueError("`text` is empty. Needles are hidden in its sentences. Give a text, or use `NOISE`.")
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return cls(f"text_{digest}", tuple(sentence for sentence in _SENTENCE_END.split(text) if sentence))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Haystack":
-        """The same of a text file in UTF-8.
+        """[`from_text`] of a text file in UTF-8.
 
         Raises:
             ValueError: if it cannot be read, or is empty.
@@ -67,23 +66,24 @@ class Haystack:
 
     @cached_property
     def _ends(self) -> list[list[int]]:
-        """For each sentence, where its words end."""
+        """For each sentence, the places where its words end."""
         return [[match.end() for match in _UNIT.finditer(sentence)] for sentence in self.sentences]
 
     @cached_property
     def text(self) -> str:
+        """All sentences."""
         return self.separator.join(self.sentences)
 
     def first(self, num_units: int, start: int) -> list[str]:
-        """So many words (characters, in scripts without spaces), from sentence number `start` on, as sentences."""
-        taken = []
-        for index in itertools.count(start):
-            if num_units <= 0:
-                return taken
-            index %= len(self.sentences)
+        """`num_units` words (in scripts without spaces: characters) from sentence number `start` on, as sentences."""
+        taken: list[str] = []
+        index = start % len(self.sentences)
+        while num_units > 0:
             ends = self._ends[index]
             taken.append(self.sentences[index][: ends[min(num_units, len(ends)) - 1]])
             num_units -= len(ends)
+            index = (index + 1) % len(self.sentences)
+        return taken
 
 
 NOISE = Haystack("noise", (NOISE_LINE,), separator="\n")

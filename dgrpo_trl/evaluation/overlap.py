@@ -1,4 +1,4 @@
-"""Text that prompts share with training data: an evaluation of it would measure memory."""
+"""Text that prompts share with training data: an evaluation on it would measure memorization."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,11 +8,7 @@ from ..text import hash_ngram, iter_ngrams, iter_strings, tokenize
 from .samples import Sample
 
 
-# Prompts that are compared in one pass over the training data: their n-grams take a gigabyte
-_TOKENS_PER_PASS = 10_000_000
-
-
-def check_overlap(samples: Iterable[Sample], training_data: str) -> None:
+def check_overlap(samples: Iterable[Sample], training_data: str, max_tokens_per_pass: int = 10_000_000) -> None:
     """Compares prompts with training data.
 
     Args:
@@ -20,12 +16,14 @@ def check_overlap(samples: Iterable[Sample], training_data: str) -> None:
             Samples to check.
         training_data (`str`):
             File, folder or Hub id of the rows that the model was trained on.
+        max_tokens_per_pass (`int`, *optional*, defaults to `10_000_000`):
+            Tokens of the prompts that are compared in one pass over the training data; these take a gigabyte.
 
     Raises:
         ValueError: If a prompt shares text with them.
     """
     rows = load_rows(training_data)
-    for batch in _batches(samples, _TOKENS_PER_PASS):
+    for batch in _batches(samples, max_tokens_per_pass):
         if shared := shared_ngrams(batch, rows):
             raise ValueError(
                 f"{len(shared)} prompts of the evaluation share text with `training_data` {training_data!r}: "
@@ -49,27 +47,27 @@ def _batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample
 
 
 def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: int = 13) -> list[tuple[str, str]]:
-    """Samples whose prompts hold a piece of the training data: an evaluation of them would measure memory.
+    """Samples whose prompts share an n-gram with the training data.
 
-    A piece is `n` words in a row; in scripts without spaces a character counts as a word. Case and punctuation make no
-    difference, as in the decontamination of LongBlocks. Takes about 100 bytes for each different piece of the prompts.
+    In scripts without spaces a character counts as a word. Case and punctuation make no difference, as in the
+    decontamination of LongBlocks. Takes about 100 bytes for each different n-gram of the prompts.
 
     Args:
         samples (iterable of [`Sample`]):
             Samples to check.
         training_rows (iterable of `dict` or `str`):
-            Training data; all text in a row counts, that of messages too.
+            Training data; all text in a row counts, including that of messages.
         n (`int`, *optional*, defaults to `13`):
-            Words of a piece.
+            Words of an n-gram.
 
     Returns:
-        `list[tuple[str, str]]`: for each such sample its id, and the first of the pieces; empty if nothing is shared.
+        `list[tuple[str, str]]`: the id of each such sample, and its first shared n-gram.
     """
     samples = list(samples)
-    pieces = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
+    hashes = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}
     texts = (text for row in training_rows for text in iter_strings(row))
     found = {
-        hashed for text in texts for ngram in iter_ngrams(tokenize(text), n) if (hashed := hash_ngram(ngram)) in pieces
+        hashed for text in texts for ngram in iter_ngrams(tokenize(text), n) if (hashed := hash_ngram(ngram)) in hashes
     }
     shared = []
     for sample in samples if found else ():

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..chat import escape_messages
-from ..data_loading import DropCounts, load_rows, require_columns
-from ..longblocks import load_longblocks
+from ..data_loading import DropCounts, require_columns
 from ..rewards import normalize_answer
+from ..training_data import load_questions
 from .arguments import EvaluationArguments
 from .samples import Sample, count_tokens, prompt_text
 
@@ -27,16 +27,16 @@ _ANY_LENGTH = 1 << 40
 def question_cells(
     args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, int], list[Sample]]:
-    """The questions that the arguments name, by task and length.
+    """The questions of `args.questions`, by task and length.
 
-    A column `length_bin` is the length of its row; without it a row is of the smallest of `lengths` that holds it.
+    A column `length_bin` is the length of its row; without it, it is the smallest of `lengths` that fits the row.
 
     Raises:
         ValueError: If they cannot be read, lack a column, or no length is given.
     """
-    rows = load_rows(args.questions, split=args.questions_split)
-    if "prompt" not in rows.column_names:
-        rows = load_longblocks(rows, tokenizer=tokenizer, system_message=args.system_message)
+    if args.questions is None:
+        return {}
+    rows = load_questions(args.questions, tokenizer, args.questions_split, args.system_message)
     require_columns(
         rows.column_names,
         [args.prompt_column, "answer"],
@@ -44,24 +44,27 @@ def question_cells(
         "Prompts are asked and answers compared.",
         "Rename one, or set `prompt_column`.",
     )
-    if "length_bin" in rows.column_names:
-        by_length: dict[int, list[dict]] = defaultdict(list)
-        for row in rows:
-            by_length[row["length_bin"]].append(row)
-        parts = [(length, part, [_ANY_LENGTH]) for length, part in by_length.items()]
-    elif args.lengths:
-        parts = [(None, list(rows), args.lengths)]
-    else:
-        raise ValueError("`questions` need `lengths`, in tokens, or a column 'length_bin'. Set `lengths`.")
-    cells = {}
-    for length_bin, part, lengths in parts:
-        found = question_samples(
-            *(part, lengths, tokenizer),
+
+    def samples_of(rows: Iterable[dict[str, Any]], lengths: Sequence[int]) -> dict[tuple[str, int], list[Sample]]:
+        return question_samples(
+            *(rows, lengths, tokenizer),
             num_samples=args.num_samples,
             prompt_column=args.prompt_column,
             max_new_tokens=args.max_new_tokens,
         )
-        cells |= {(task, length_bin or length): samples for (task, length), samples in found.items()}
+
+    if "length_bin" not in rows.column_names:
+        if not args.lengths:
+            raise ValueError("`questions` need `lengths`, in tokens, or a column 'length_bin'. Set `lengths`.")
+        return samples_of(rows, args.lengths)
+    by_length: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_length[row["length_bin"]].append(row)
+    cells = {
+        (task, length): samples
+        for length, part in by_length.items()
+        for (task, _), samples in samples_of(part, [_ANY_LENGTH]).items()
+    }
     return {cell: cells[cell] for cell in sorted(cells)}
 
 
@@ -73,19 +76,18 @@ def question_samples(
     num_samples: int | None = None,
     prompt_column: str = "prompt",
     max_new_tokens: int = 32,
-    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> dict[tuple[str, int], list[Sample]]:
     """The questions of held-out LongBlocks rows, by task and by length.
 
-    A row is of the smallest of `lengths` that holds its prompt and `max_new_tokens`. Rows that none holds, or without
-    an answer to compare with, are left out; how many is logged. Which rows make up the `num_samples` of a cell is
-    decided by their ids alone. Those of the same document stand together and are `shared_with` each other, if their
-    prompts begin with it.
+    The length of a row is the smallest of `lengths` that fits its prompt and `max_new_tokens`. Rows that fit none, or
+    without an answer to compare with, are dropped; how many is logged. Which rows make up the `num_samples` of a cell
+    depends on their ids alone. Those of the same document are next to each other and `shared_with` each other, if
+    their prompts begin with it.
 
     Args:
         rows (iterable of `dict`):
-            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or texts of which any is right),
-            `id`, and maybe `task` (`"questions"` where it is missing) and `document_sha256` or `document`.
+            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or several, any of them
+            correct), `id`, and optionally `task` (default `"questions"`) and `document_sha256` or `document`.
         lengths (`Sequence[int]`):
             Lengths in tokens of prompt and completion.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -96,18 +98,16 @@ def question_samples(
             Column with the messages.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             Longest completion, in tokens.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template.
 
     Returns:
-        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. Cells without rows are not there.
+        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. There are no empty cells.
 
     Raises:
-        ValueError: if there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
+        ValueError: If there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
             template.
     """
     if not lengths:
-        raise ValueError("`lengths` is empty. Rows are sorted by length. Give at least one.")
+        raise ValueError("`lengths` is empty. Rows are grouped by length. Give at least one.")
     lengths = sorted(lengths)
     counts = DropCounts()
     num_of_id: Counter[str] = Counter()
@@ -118,7 +118,7 @@ def question_samples(
         answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"] or ())
         references = tuple(answer for answer in answers if answer and normalize_answer(answer))
         messages = escape_messages(row[prompt_column], tokenizer)
-        num_tokens = count_tokens(prompt_text(messages, "", tokenizer, chat_template_kwargs), tokenizer)
+        num_tokens = count_tokens(prompt_text(messages, "", tokenizer), tokenizer)
         index = bisect.bisect_left(lengths, num_tokens + max_new_tokens)
         reason = "no_answer" if not references else "prompt_too_long" if index == len(lengths) else None
         counts.add(reason)
@@ -138,11 +138,11 @@ def question_samples(
             )
         )
     if counts.reasons:
-        logger.warning("Rows that are evaluated, and that are left out:\n%s", counts.table())
+        logger.warning("Rows that are evaluated, and that are dropped:\n%s", counts.table())
     if not cells:
         raise ValueError(
-            f"Of {counts.num_rows} rows none is left: {dict(counts.reasons)}. There is nothing to evaluate. Give rows "
-            f"with answers, or a length over {lengths[-1]} tokens."
+            f"All {counts.num_rows} rows are dropped: {dict(counts.reasons)}. There is nothing to evaluate. Give "
+            f"rows with answers, or a length over {lengths[-1]} tokens."
         )
     return {cell: _with_documents(_some(cells[cell], num_samples)) for cell in sorted(cells)}
 
@@ -151,7 +151,7 @@ def _check_row(row: dict[str, Any], prompt_column: str) -> None:
     missing = [name for name in (prompt_column, "answer", "id") if name not in row]
     if missing:
         raise ValueError(
-            f"A row has no {missing}; its columns are {sorted(row)}. A sample is made of them. Read the rows with "
+            f"A row has no {missing}; its columns are {sorted(row)}. A sample needs them. Read the rows with "
             "`load_longblocks`, or name the column of messages as `prompt_column`."
         )
 
@@ -163,14 +163,14 @@ def _document_id(row: dict[str, Any]) -> str | None:
 
 
 def _some(samples: list[Sample], num_samples: int | None) -> list[Sample]:
-    """The same samples whatever the order of the rows."""
+    """At most `num_samples` samples: the same ones whatever the order of the rows."""
     if num_samples is None:
         return samples
     return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())[:num_samples]
 
 
 def _with_documents(samples: list[Sample]) -> list[Sample]:
-    """Samples of one document next to each other; `shared_with` goes where they do not begin alike."""
+    """Puts samples of one document next to each other; removes `shared_with` if they do not begin with it."""
     groups: dict[str | None, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.shared_with].append(sample)

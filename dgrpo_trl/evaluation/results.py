@@ -1,12 +1,15 @@
-"""`results.json` of a run: how a cell is scored, and the table and the heat map made of it."""
+"""`results.json` of a run: written cell by cell, read by a comparison; and the table and the heat map made of it."""
 
+import io
+import json
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_bytes
 from .samples import Cell, Sample
 from .scores import METRICS, QUESTION_METRICS, mentioned, score_interval
 
@@ -14,12 +17,14 @@ from .scores import METRICS, QUESTION_METRICS, mentioned, score_interval
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+# With fewer, a score or a difference is shown without a color or a mark that says whether it is good
+MIN_SAMPLES = 20
 
 
 def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str], seconds: float) -> dict[str, Any]:
     """A cell of `results.json`: mean score, its 95 % interval, and every sample with its score."""
     if len(samples) != len(completions):
-        raise ValueError(f"Needs one completion for each sample, got {len(completions)} for {len(samples)} samples.")
+        raise ValueError(f"Needs one completion per sample, got {len(completions)} for {len(samples)} samples.")
     metric = METRICS[cell.metric]
     scores = [metric(text, sample.references) for text, sample in zip(completions, samples, strict=True)]
     result = {
@@ -31,8 +36,8 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
         "interval": list(score_interval(scores)),
     }
     if cell.metric in QUESTION_METRICS:
-        said = [mentioned(text, sample.references) for text, sample in zip(completions, samples, strict=True)]
-        result["mentioned"] = sum(said) / len(said)
+        found = [mentioned(text, sample.references) for text, sample in zip(completions, samples, strict=True)]
+        result["mentioned"] = sum(found) / len(found)
     result["seconds"] = seconds
     result["samples"] = [
         {
@@ -47,8 +52,72 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
     return result
 
 
+@dataclass(frozen=True)
+class Run:
+    """An evaluated model, as `results.json` has it.
+
+    Args:
+        name (`str`):
+            Its name.
+        path (`Path`):
+            The file it was read from.
+        results (`dict`):
+            Content of the file.
+        cells (`dict[tuple[str, int], dict[str, dict]]`):
+            From task and length to its samples by `id`.
+    """
+
+    name: str
+    path: Path
+    results: dict[str, Any]
+    cells: dict[tuple[str, int], dict[str, dict[str, Any]]]
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run.
+
+    Args:
+        path (`str` or `Path`):
+            A folder with `results.json`, or the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file: an evaluation writes it at its end.
+        ValueError: If the file has another format, or the same id twice in a cell.
+    """
+    path = Path(path)
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no {file}. An evaluation writes it at its end. Give the folder of a finished one, or run the "
+            "same command again: it resumes."
+        )
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        found = results.get("format") if isinstance(results, dict) else None
+        raise ValueError(
+            f"{file} has format {found!r}, but format {FORMAT} is expected. Evaluate again with scripts/evaluate.py."
+        )
+    cells = {}
+    for cell in results["cells"]:
+        samples = {sample["id"]: sample for sample in cell["samples"]}
+        if len(samples) != len(cell["samples"]):
+            raise ValueError(
+                f"{file} has an id twice in {cell['task']} at {cell['length']:,} tokens. Samples are paired by id. "
+                "Give each its own."
+            )
+        if samples:
+            cells[cell["task"], cell["length"]] = samples
+    return Run(results["name"], file, results, cells)
+
+
+def mean_score(cells: Iterable[Mapping[str, Any]]) -> float:
+    """The score over several cells: the mean over their samples. A cell of five questions counts as five."""
+    scores = [sample["score"] for cell in cells for sample in cell["samples"]]
+    return math.fsum(scores) / len(scores)
+
+
 def results_table(results: dict[str, Any]) -> str:
-    """The Markdown of a run: a row a task and a column a length, in per cent with 95 % intervals."""
+    """The Markdown of a run: one row per task and one column per length, in percent with 95 % intervals."""
     cells = {(cell["task"], cell["length"]): cell for cell in results["cells"]}
     lengths = sorted({length for _, length in cells})
     tasks = list(dict.fromkeys(task for task, _ in cells))
@@ -73,18 +142,17 @@ def results_table(results: dict[str, Any]) -> str:
     return text
 
 
-def _percent(cell: dict[str, Any] | None) -> str:
+def _percent(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return ""
     low, high = cell["interval"]
     return f"{100 * cell['score']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def _mean(cells: Sequence[dict[str, Any] | None]) -> str:
-    """Of all tasks; a length at which one is missing has none, as it would be of other tasks."""
-    if any(cell is None for cell in cells):
-        return ""
-    return f"{100 * math.fsum(cell['score'] for cell in cells) / len(cells):.1f}"
+def _mean(cells: Sequence[Mapping[str, Any] | None]) -> str:
+    """Over all tasks; empty where a task has no cell, because the mean would be over other tasks."""
+    found = [cell for cell in cells if cell is not None]
+    return f"{100 * mean_score(found):.1f}" if len(found) == len(cells) else ""
 
 
 def plot_heatmap(results: dict[str, Any], path: Path) -> None:
@@ -94,22 +162,23 @@ def plot_heatmap(results: dict[str, Any], path: Path) -> None:
     except ImportError:
         logger.warning("No heat map is drawn: matplotlib is missing. Install it with `pip install dgrpo-trl[demo]`.")
         return
-    cells = {(cell["task"], cell["length"]): cell["score"] for cell in results["cells"]}
+    cells = {(cell["task"], cell["length"]): cell for cell in results["cells"]}
     tasks = list(dict.fromkeys(task for task, _ in cells))
     lengths = sorted({length for _, length in cells})
-    values = [[100 * cells.get((task, length), math.nan) for length in lengths] for task in tasks]
+    colors = [[math.nan] * len(lengths) for _ in tasks]
     figure = Figure(figsize=(2.5 + 0.8 * len(lengths), 1.6 + 0.35 * len(tasks)))
     axes = figure.subplots()
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    for i, line in enumerate(values):
-        for j, value in enumerate(line):
-            if not math.isnan(value):
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center")
+    for (task, length), cell in cells.items():
+        row, column = tasks.index(task), lengths.index(length)
+        if cell["num_samples"] >= MIN_SAMPLES:
+            colors[row][column] = 100 * cell["score"]
+        axes.text(column, row, f"{100 * cell['score']:.0f}", ha="center", va="center")
+    image = axes.imshow(colors, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set(xlabel="length (tokens)", title=results["name"])
-    figure.colorbar(image, label="score (%)")
+    figure.colorbar(image, label=f"score (%); no color below {MIN_SAMPLES} samples")
     figure.tight_layout()
-    unfinished = path.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=110)
-    os.replace(unfinished, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    write_bytes(path, png.getvalue())

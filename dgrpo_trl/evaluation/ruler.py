@@ -1,6 +1,7 @@
-"""RULER's tasks (arXiv 2404.06654), made here: prompts of a given length in the model's tokens.
+"""RULER's synthetic tasks (arXiv 2404.06654): prompts of a given length in the model's tokens.
 
-[`make_samples`] makes eleven of them from a seed, without any download:
+[`make_samples`] makes eleven of them from a seed, without downloads. To add one, write a function that returns its
+[`Draft`] and name it in [`RULER_TASKS`].
 
 | task | in the text | asked for |
 | --- | --- | --- |
@@ -14,10 +15,10 @@
 | `cwe` | a list in which ten words come more often; an example before it | the ten |
 | `fwe` | coded words whose frequency falls with the square of their rank | the three most frequent |
 
-What differs from RULER: its essays, which cannot be made here, are replaced by noise, or by a text of yours, in which
-samples start at different places; words are of lists below and not of the package `wonderwords`; the example of `vt`
-has less noise below 2560 tokens; and below 1024, where there is no room, `cwe` has no example and repeats its words
-half as often.
+What differs from RULER: noise, or a text of the user, replaces its essays, which would have to be downloaded; samples
+start at different places of that text; words come from the lists below, not from the package `wonderwords`; the
+example of `vt` has less noise below 2560 tokens; and below 1024, where there is no room, `cwe` has no example and
+repeats its words half as often.
 """
 
 import itertools
@@ -29,7 +30,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,11 +38,10 @@ from .haystack import NEEDLES, NOISE, NOISE_LINE, Haystack
 from .samples import Sample, count_tokens, prompt_text
 
 
-# From here on RULER's lists of common words have their full numbers of repeats
-_FULL_LENGTH = 4096
-_EXAMPLE_LENGTH = 1024
+# Lengths from which `cwe` has an example, and from which it repeats its words as often as in RULER
+_EXAMPLE_LENGTH, _FULL_LENGTH = 1024, 4096
 
-_ADJECTIVES = (
+ADJECTIVES = (
     "able agile amber ample ancient autumn basic bitter blue bold brave brief bright brisk broad bronze calm "
     "careful cheap chilly civil clean clever common cosmic crisp curious damp dapper dear deep dense distant dizzy "
     "double dull eager early easy elder empty equal exact faint famous fancy fierce flat fluffy foreign formal "
@@ -51,8 +50,8 @@ _ADJECTIVES = (
     "mellow merry mighty mild misty modern narrow neat noble novel obvious odd orange patient plain polite proud "
     "purple quick quiet rapid rare royal"
 ).split()
-# All of four letters: two of them make a word of eight, and none of these words is a piece of another
-_NOUNS = (
+# All of four letters: two of them make a word of eight, and no such word is part of another
+NOUNS = (
     "arch army atom aunt band bank barn bead bear beet bell belt bike bird boat bolt bone book boot bowl bulb cafe "
     "cage cake camp cape card cart cave city clay club coal coat coin cook cork corn cove crab crew crow cube deck "
     "deer desk dish dock door dove drum duck dune dust farm fern film fish flag foam food fork fort frog gate gift "
@@ -65,18 +64,27 @@ _NOUNS = (
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A sample of which all is decided but how much filler it has.
+class Draft:
+    """A sample but for its amount of filler. It does not depend on the tokenizer: all models are asked the same.
 
-    Nothing here depends on the tokenizer: the same things are asked of any model.
+    Args:
+        content (`Callable[[int], str]`):
+            The user turn, given the number of units of filler; a unit is the least amount, such as a word.
+        answer_prefix (`str`), references (`tuple[str, ...]`), max_new_tokens (`int`):
+            As in [`Sample`].
+        min_units (`int`), max_units (`int`, *optional*):
+            The least filler the task makes sense with, and all filler there is.
+        reads_haystack (`bool`):
+            Whether the filler comes from the haystack given.
     """
 
-    content: Callable[[int], str]  # the user turn with so many units of filler
+    content: Callable[[int], str]
     answer_prefix: str
     references: tuple[str, ...]
     max_new_tokens: int
     min_units: int = 0
     max_units: int | None = None
+    reads_haystack: bool = False
 
 
 def _needles(
@@ -90,16 +98,16 @@ def _needles(
     num_keys: int = 1,
     num_values: int = 1,
     num_queries: int = 1,
-) -> _Draft:
-    """Needle in a haystack: `num_values` values of each of `num_keys` keys, of which `num_queries` are asked for."""
-    haystack = fixed_haystack or haystack
+) -> Draft:
+    """Needle in a haystack: `num_values` values for each of `num_keys` keys, of which `num_queries` are asked for."""
+    reads_haystack, haystack = fixed_haystack is None, fixed_haystack or haystack
     taken: set[str] = set()
 
     def draw(kind: str) -> str:
-        """One that is in no needle and not in the text."""
+        """A key or value that is in no needle and not in the text."""
         while True:
             if kind == "words":
-                drawn = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+                drawn = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
             elif kind == "numbers":
                 drawn = str(rng.randrange(10**6, 10**7))
             else:
@@ -138,7 +146,7 @@ def _needles(
     else:
         kind, introduction, verb = values, f"Some special magic {values} are", "are all the"
         prefix_verb = "are"
-    return _Draft(
+    return Draft(
         content=lambda num_units: (
             f"{introduction} hidden within the following text. Make sure to memorize it. I will quiz you about the "
             f"{kind} afterwards.\n{context(num_units)}\nWhat {verb} special magic {kind} for {asked} mentioned in the "
@@ -147,15 +155,16 @@ def _needles(
         answer_prefix=f"The special magic {kind} for {asked} mentioned in the provided text {prefix_verb}",
         references=tuple(value for key in queries for value in pairs[key]),
         max_new_tokens=128,
+        reads_haystack=reads_haystack,
     )
 
 
 def _with_inserted(sentences: list[str], depths: Iterable[tuple[float, str]]) -> list[str]:
-    """The sentences with each text at its depth, a share of the number of sentences; order at equal ones is kept."""
+    """The sentences with each text at its depth, a share of their number. Texts at one place keep their order."""
     texts_at = defaultdict(list)
     for depth, text in depths:
         texts_at[int(depth * (len(sentences) + 1))].append(text)
-    result = []
+    result: list[str] = []
     for position, sentence in enumerate([*sentences, None]):
         result += texts_at[position]
         if sentence is not None:
@@ -166,8 +175,8 @@ def _with_inserted(sentences: list[str], depths: Iterable[tuple[float, str]]) ->
 _NUM_HOPS = 4
 
 
-def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> _Draft:
-    """A chain of assignments in noise, in its order, after an example of the same in little noise."""
+def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> Draft:
+    """A chain of assignments in noise, in order, after an example with little noise."""
 
     def chain(num_letters: int, taken: str) -> tuple[str, list[str], list[tuple[float, str]]]:
         """Value, names, and statements with their depths."""
@@ -201,7 +210,7 @@ def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> _Draft:
     example_lines = [NOISE_LINE] * min(10, length // 256)
     example = question(example_value, example_statements, example_lines)
     example = f"{example} {prefix(example_value)} {' '.join(example_names)}"
-    return _Draft(
+    return Draft(
         content=lambda num_units: f"{example}\n\n{question(value, statements, NOISE.first(num_units, 0))}",
         answer_prefix=prefix(value),
         references=tuple(names),
@@ -209,9 +218,9 @@ def _variable_tracking(rng: Random, length: int, haystack: Haystack) -> _Draft:
     )
 
 
-def _common_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
-    """A numbered list in which ten words come more often than the others, after a shorter example."""
-    words = rng.sample(_COMPOUNDS, len(_COMPOUNDS))
+def _common_words(rng: Random, length: int, haystack: Haystack) -> Draft:
+    """A numbered list in which ten words occur more often than the others, after a shorter example."""
+    words = rng.sample(COMPOUNDS, len(COMPOUNDS))
     common, example_common, words = words[:10], words[10:20], words[20:]
     shuffle_seed = rng.getrandbits(64)
 
@@ -235,7 +244,7 @@ def _common_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
     if length >= _EXAMPLE_LENGTH:
         asked = question(example_common, example_repeats[0], example_others, example_repeats[1])
         example = f"{asked} {prefix} {_numbered(example_common)}\n"
-    return _Draft(
+    return Draft(
         content=lambda num_units: example + question(common, repeats[0], others[:num_units], repeats[1]),
         answer_prefix=prefix,
         references=tuple(common),
@@ -245,19 +254,19 @@ def _common_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
     )
 
 
-_COMPOUNDS = [first + second for first in _NOUNS for second in _NOUNS if first != second]
+COMPOUNDS = [first + second for first in NOUNS for second in NOUNS if first != second]
 
 
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
 
-# With fewer coded words the third and the fourth of them are as frequent as each other
+# With fewer coded words, the third and the fourth are equally frequent
 _MIN_CODED_WORDS = 53
 
 
-def _frequent_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
-    """Coded words of which the one of rank k has a share of k^-2 / zeta(2); dots are the first, and not asked for."""
+def _frequent_words(rng: Random, length: int, haystack: Haystack) -> Draft:
+    """Coded words; that of rank k has a share of k^-2 / zeta(2). Dots have rank 1, and are not asked for."""
     words: dict[str, None] = {}
     while len(words) < max(5, length // 50):
         words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
@@ -277,7 +286,7 @@ def _frequent_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
             "dots '....'. What are the three most frequently appeared words in the above coded text?"
         )
 
-    return _Draft(
+    return Draft(
         content=content,
         answer_prefix="Answer: According to the coded text above, the three most frequently appeared words are:",
         references=tuple(ranked[1:4]),
@@ -287,7 +296,7 @@ def _frequent_words(rng: Random, length: int, haystack: Haystack) -> _Draft:
 
 
 # The names and numbers of RULER's `synthetic.yaml`. Where no haystack is fixed, RULER has essays.
-RULER_TASKS: dict[str, Callable[[Random, int, Haystack], _Draft]] = {
+RULER_TASKS: dict[str, Callable[[Random, int, Haystack], Draft]] = {
     "niah_single_1": partial(_needles, fixed_haystack=NOISE),
     "niah_single_2": _needles,
     "niah_single_3": partial(_needles, values="uuids"),
@@ -300,8 +309,6 @@ RULER_TASKS: dict[str, Callable[[Random, int, Haystack], _Draft]] = {
     "cwe": _common_words,
     "fwe": _frequent_words,
 }
-# Those whose samples depend on the argument `haystack`
-TEXT_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 
 
 def make_samples(
@@ -313,17 +320,16 @@ def make_samples(
     seed: int = 0,
     haystack: Haystack | None = None,
     system_message: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Sample]:
     """Samples of one of RULER's tasks, drawn independently of each other.
 
-    What is asked depends on `seed`, `task`, `length` and the number of the sample alone: the same for every tokenizer,
-    and the same whether ten samples are made or a hundred. How much text there is around it depends on the tokenizer.
+    What is asked depends on `seed`, `task`, `length` and the number of the sample alone: it is the same for every
+    tokenizer, and whether ten samples are made or a hundred. The amount of filler depends on the tokenizer.
 
-    `length` is kept from below: the prompt and `max_new_tokens` together never exceed it, and either one more unit of
-    filler would, or fewer tokens are left than an average unit has. A unit is a word of the noise or the text, a
-    distractor needle in `niah_multikey_2` and `_3`, the repeats (one, or three from 4096 tokens on) of an uncommon
-    word in `cwe`, and in `fwe` the next coded word, or the few whose turn comes at the same time.
+    The prompt and `max_new_tokens` together never exceed `length`, and either one more unit of filler would, or fewer
+    tokens are left than an average unit has. A unit is a word of the noise or the text, a distractor needle in
+    `niah_multikey_2` and `_3`, the repeats (one, or three from 4096 tokens on) of an uncommon word in `cwe`, and in
+    `fwe` the next coded word, or the few whose turn comes at the same time.
 
     Args:
         task (`str`):
@@ -335,86 +341,105 @@ def make_samples(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's, with a chat template.
         seed (`int`, *optional*, defaults to `0`):
-            Another seed gives other samples.
+            Seed of the samples.
         haystack ([`Haystack`], *optional*):
-            What stands in place of RULER's essays, in the tasks of `TEXT_TASKS`: `NOISE` (the default, easier than
-            essays), `NEEDLES`, or a text. The others are defined without it, and do not read it.
+            Replaces RULER's essays in the tasks that have them: `NOISE` (the default, easier than essays), `NEEDLES`,
+            or a text. The other tasks do not read it.
         system_message (`str`, *optional*):
             Content of a system turn.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template.
 
     Returns:
         `list[Sample]`
 
     Raises:
-        ValueError: if the task is unknown, `num_samples` is below 1, the tokenizer has no chat template, or a length
+        ValueError: If the task is unknown, `num_samples` is below 1, the tokenizer has no chat template, or the length
             is too small for the task, or larger than its words can fill (`cwe`, beyond about 500,000 tokens).
     """
     if task not in RULER_TASKS:
-        raise ValueError(f"`task` is {task!r}. There is no such task. Choose from {sorted(RULER_TASKS)}.")
+        raise ValueError(f"`task` is {task!r}. There is no such task. Choose from {', '.join(RULER_TASKS)}.")
     if num_samples < 1:
-        raise ValueError(f"`num_samples` is {num_samples}. A score needs a sample. Ask for at least 1.")
-    suffix = f"-{haystack.name}" if haystack is not None and task in TEXT_TASKS else ""
-    haystack = haystack or NOISE
-    # A text may quote the control tokens of the model: they are to stay text, as in training
-    sentences = tuple(escape_special_tokens(sentence, tokenizer) for sentence in haystack.sentences)
-    haystack = replace(haystack, sentences=sentences)
+        raise ValueError(f"`num_samples` is {num_samples}. A score needs a sample. Choose 1 or more.")
+    filler = haystack or NOISE
+    # A text may quote the control tokens of the model: they have to stay text, as in training
+    sentences = tuple(escape_special_tokens(sentence, tokenizer) for sentence in filler.sentences)
+    filler = replace(filler, sentences=sentences)
     system = [] if system_message is None else [{"role": "system", "content": system_message}]
     samples = []
     for number in range(num_samples):
-        draft = RULER_TASKS[task](Random(f"{seed}:{task}:{length}:{number}"), length, haystack)
-
-        def messages(num_units: int, draft: _Draft = draft) -> list[dict]:
-            return [*system, {"role": "user", "content": draft.content(num_units)}]
-
-        def count(num_units: int, draft: _Draft = draft, messages: Callable = messages) -> int:
-            text = prompt_text(messages(num_units), draft.answer_prefix, tokenizer, chat_template_kwargs)
-            return count_tokens(text, tokenizer) + draft.max_new_tokens
-
-        num_units, num_tokens = _most_units(count, length, draft, task)
+        draft = RULER_TASKS[task](Random(f"{seed}:{task}:{length}:{number}"), length, filler)
+        messages, num_tokens = _filled(draft, task, length, system, tokenizer)
+        suffix = f"-{haystack.name}" if haystack is not None and draft.reads_haystack else ""
         samples.append(
             Sample(
                 id=f"{task}-{length}-{seed}-{number}{suffix}",
-                messages=messages(num_units),
+                messages=messages,
                 answer_prefix=draft.answer_prefix,
                 references=draft.references,
                 max_new_tokens=draft.max_new_tokens,
-                num_tokens=num_tokens - draft.max_new_tokens,
+                num_tokens=num_tokens,
             )
         )
     return samples
 
 
-def _most_units(count: Callable[[int], int], length: int, draft: _Draft, task: str) -> tuple[int, int]:
-    """A number of units whose `count` is at most `length`, and that count; one more would be too many or nearly so.
+def _filled(
+    draft: Draft, task: str, length: int, system: list[dict], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict], int]:
+    """The messages with as much filler as `length` holds, and the tokens of the prompt."""
 
-    Tokens grow almost evenly with units, so a line through two counts leads next to the number sought: a long prompt
-    is tokenized a few times, not once for every halving of an interval.
-    """
-    low, low_tokens = draft.min_units, count(draft.min_units)
-    if low_tokens > length:
+    def messages(num_units: int) -> list[dict]:
+        return [*system, {"role": "user", "content": draft.content(num_units)}]
+
+    def count(num_units: int) -> int:
+        return count_tokens(prompt_text(messages(num_units), draft.answer_prefix, tokenizer), tokenizer)
+
+    budget = length - draft.max_new_tokens
+    num_units, num_tokens = fit_units(count, budget, draft.min_units, draft.max_units)
+    if num_tokens > budget:
         raise ValueError(
-            f"`length` is {length} tokens, but {task!r} takes {low_tokens} with its shortest text: a prompt of "
-            f"{low_tokens - draft.max_new_tokens} and {draft.max_new_tokens} of completion, in tokens of this model. "
-            "Ask for a larger length, or leave out the task."
+            f"`length` is {length} tokens, but {task!r} takes {num_tokens + draft.max_new_tokens} with its shortest "
+            f"text: a prompt of {num_tokens} and a completion of {draft.max_new_tokens}, in tokens of this model. "
+            "Choose a larger length, or leave out the task."
         )
-    high = math.inf if draft.max_units is None else draft.max_units + 1
+    if num_units == draft.max_units:
+        raise ValueError(
+            f"`length` is {length} tokens, but {task!r} has words for about {num_tokens + draft.max_new_tokens}. A "
+            "shorter text would be another length. Choose a smaller length, or leave out the task."
+        )
+    return messages(num_units), num_tokens
+
+
+def fit_units(
+    count: Callable[[int], int], budget: int, min_units: int = 0, max_units: int | None = None
+) -> tuple[int, int]:
+    """The number of units whose `count` fits a budget of tokens, up to less than an average unit; and that count.
+
+    Tokens grow almost evenly with units, so that a line through two counts leads close to the number sought: a long
+    prompt is tokenized a few times, not once for every halving of an interval.
+
+    Args:
+        count (`Callable[[int], int]`):
+            Tokens of a number of units.
+        budget (`int`):
+            Most tokens.
+        min_units (`int`), max_units (`int`, *optional*):
+            Range of the number.
+
+    Returns:
+        `tuple[int, int]`: `min_units` and its count, which is over the budget, if no number fits.
+    """
+    low, low_tokens = min_units, count(min_units)
+    high = math.inf if max_units is None else max_units + 1
     last, guess, rate = (low, low_tokens), low + 64, 1.0
-    while high - low > 1 and length - low_tokens >= rate:
+    while high - low > 1 and budget - low_tokens >= rate:
         guess = int(max(low + 1, min(guess, high - 1)))
         tokens = count(guess)
         if abs(guess - last[0]) >= 8 and (tokens - last[1]) * (guess - last[0]) > 0:
             rate = (tokens - last[1]) / (guess - last[0])
         last = guess, tokens
-        if tokens > length:
+        if tokens > budget:
             high = guess
         else:
             low, low_tokens = guess, tokens
-        guess = guess + math.floor((length - tokens) / rate)
-    if draft.max_units is not None and low == draft.max_units:
-        raise ValueError(
-            f"`length` is {length} tokens, but {task!r} has words for about {low_tokens}. A shorter text would not be "
-            "what is asked for. Ask for a smaller length, or leave out the task."
-        )
+        guess = guess + math.floor((budget - tokens) / rate)
     return low, low_tokens

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..models import load_config, load_student_tokenizer
 from ..positions import stated_positions, trained_positions
 from .arguments import EvaluationArguments
 from .generation import bind_chat_template_kwargs, generate_completions, generate_with_vllm, load_vllm
-from .harness import makes_prompts_to_length, needs_model, prepare_harness, run_harness
+from .harness import needs_model, prepare_harness, run_harness
 from .haystack import Haystack
 from .overlap import check_overlap
 from .questions import question_cells
@@ -36,10 +36,11 @@ from .scores import QUESTION_METRICS
 # A file of these decides what a local model answers
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "trainer_state.json", "complete.json"}
-# Of the place and the pace of a run, not of its results. A run may be given more tasks later
+# These do not change the scores of a cell. More tasks may be added to a run later
 _NOT_IN_FINGERPRINT = {"output_dir", "name", "overwrite", "max_batch_tokens", "tasks", "harness_tasks"}
 
-Generate = Callable[[Sequence[Sample], Callable[[int], None]], list[str]]
+# Completes samples, and calls its second argument with the number of those completed since the last call
+Generate = Callable[[Sequence[Sample], Callable[[int], object]], list[str]]
 
 
 class EvaluationRun:
@@ -50,8 +51,8 @@ class EvaluationRun:
             What to evaluate.
 
     Raises:
-        ValueError: If the model or the data cannot be read, a length fits neither task nor model, prompts share text
-            with the training data, or `output_dir` holds another run.
+        ValueError: If the model or the data cannot be read, a length does not fit the task or the model, prompts share
+            text with the training data, or `output_dir` holds another run.
         ImportError: If an extra is missing.
     """
 
@@ -86,23 +87,20 @@ class EvaluationRun:
         haystack = Haystack.from_file(args.haystack) if args.tasks and args.haystack else None
         for task in args.tasks or ():
             for length in args.lengths:
-
-                def make(number: int = args.num_samples, task: str = task, length: int = length) -> list[Sample]:
-                    return make_samples(
-                        *(task, length, number, self.tokenizer),
-                        seed=args.seed,
-                        haystack=haystack,
-                        system_message=args.system_message,
-                    )
-
-                make(1)  # raises where the length cannot hold the task
-                yield Cell(task, length, "string_match_all", make)
+                make = partial(
+                    make_samples,
+                    *(task, length),
+                    tokenizer=self.tokenizer,
+                    seed=args.seed,
+                    haystack=haystack,
+                    system_message=args.system_message,
+                )
+                make(num_samples=1)  # raises if the length is too small for the task
+                yield Cell(task, length, "string_match_all", partial(make, num_samples=args.num_samples))
 
     def _question_cells(self) -> Iterator[Cell]:
-        if self.args.questions is None:
-            return
         for (task, length), samples in question_cells(self.args, self.tokenizer).items():
-            yield Cell(task, length, self.args.questions_metric, lambda samples=samples: samples)
+            yield Cell(task, length, self.args.questions_metric, partial(list, samples))
 
     # --- Checks
 
@@ -110,9 +108,7 @@ class EvaluationRun:
         positions = trained_positions(self.config)
         if positions is None:
             return
-        manager = self.harness_manager
-        is_to_length = manager is not None and makes_prompts_to_length(manager, self.args.harness_tasks)
-        longest = max(self.args.lengths) if is_to_length else 0
+        longest = 0
         for cell in self.cells:
             if cell.metric in QUESTION_METRICS:
                 longest = max(longest, *(sample.num_tokens + sample.max_new_tokens for sample in cell.make()))
@@ -129,11 +125,11 @@ class EvaluationRun:
             if (value := settings[name]) is not None:
                 settings[f"{name}_sha256"] = _content_hash(Path(value), None)
         settings["model_sha256"] = _content_hash(Path(self.args.model_name_or_path), _MODEL_SUFFIXES)
-        settings["model_commit"] = vars(self.config).get("_commit_hash")  # of the Hub
+        settings["model_commit"] = vars(self.config).get("_commit_hash")  # on the Hub
         return settings
 
     def _claim_output_dir(self) -> None:
-        """Makes the folder, or goes on in it if it holds the same run."""
+        """Creates the folder, or resumes in it if it holds the same run."""
         path = self.output_dir / "settings.json"
         if path.exists() and not self.args.overwrite:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -154,19 +150,29 @@ class EvaluationRun:
 
     # --- The run
 
-    def run(self) -> dict[str, Any]:
+    def run(self, generate: Generate | None = None) -> dict[str, Any]:
         """Computes the cells that are missing, and writes `results.json`, `results.md` and `heatmap.png`.
+
+        Args:
+            generate (`Callable`, *optional*):
+                Completes samples, and reports the number of those completed. By default the model does.
 
         Returns:
             `dict[str, Any]`: what `results.json` holds.
         """
-        generate, folder = None, self.output_dir / "cells"
+        folder, harness = self.output_dir / "cells", {}
+        if any(not (folder / cell.file_name).exists() for cell in self.cells):
+            self._fill_cells(folder, generate or self._load_generator())  # vLLM frees its memory when this returns
+        if self.harness_manager is not None:
+            model = self.model if self.args.backend == "transformers" and needs_model(self.args, folder) else None
+            harness = run_harness(self.args, self.harness_manager, self.tokenizer, model, folder)
+        return self._write_results(harness)
+
+    def _fill_cells(self, folder: Path, generate: Generate) -> None:
         for number, cell in enumerate(self.cells, start=1):
             path = folder / cell.file_name
             if path.exists():
                 continue
-            if generate is None:
-                generate = self._generator()
             samples = cell.make()
             description = f"{number}/{len(self.cells)} {cell.task} {cell.length}"
             with tqdm(total=len(samples), desc=description, unit="sample") as bar:
@@ -174,41 +180,40 @@ class EvaluationRun:
                 completions = generate(samples, bar.update)
                 seconds = time.monotonic() - start
             write_json(path, score_cell(cell, samples, completions, seconds))
-        generate, harness = None, {}  # vLLM gives its memory back
-        if self.harness_manager is not None:
-            model = self._model if self.args.backend == "transformers" and needs_model(self.args, folder) else None
-            harness = run_harness(self.args, self.harness_manager, self.tokenizer, model, folder)
-        return self._write_results(harness)
 
     @cached_property
-    def _model(self) -> transformers.PreTrainedModel:
+    def model(self) -> transformers.PreTrainedModel:
+        """The model of the arguments, loaded at first use."""
         return load_model(self.args)
 
-    def _generator(self) -> Generate:
-        """Loads the weights, and gives what makes completions of samples."""
-        args, tokenizer = self.args, self.tokenizer
-        if args.backend == "vllm":
-            longest = stated_positions(self.config) or max(cell.length for cell in self.cells)
-            kwargs = {"trust_remote_code": args.trust_remote_code, **args.vllm_overrides(), **args.vllm_kwargs}
-            llm = load_vllm(args.model_name_or_path, args.model_revision, args.dtype, longest, kwargs)
+    def _load_generator(self) -> Generate:
+        """Loads the weights; returns what completes samples."""
+        if self.args.backend == "vllm":
+            return self._load_vllm_generator()
 
-            def generate(samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[str]:
-                completions = generate_with_vllm(llm, tokenizer, **_arguments(samples))
-                on_progress(len(samples))
-                return completions
-
-            return generate
-
-        def generate(samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[str]:
+        def generate(samples: Sequence[Sample], on_progress: Callable[[int], object]) -> list[str]:
             return generate_completions(
-                self._model,
-                tokenizer,
+                self.model,
+                self.tokenizer,
                 **_arguments(samples),
                 shared_with=[sample.shared_with for sample in samples],
-                max_batch_tokens=args.max_batch_tokens,
+                max_batch_tokens=self.args.max_batch_tokens,
                 description=None,
                 on_progress=on_progress,
             )
+
+        return generate
+
+    def _load_vllm_generator(self) -> Generate:
+        args = self.args
+        longest = stated_positions(self.config) or max(cell.length for cell in self.cells)
+        kwargs = {"trust_remote_code": args.trust_remote_code, **args.vllm_overrides(), **args.vllm_kwargs}
+        llm = load_vllm(args.model_name_or_path, args.model_revision, args.dtype, longest, kwargs)
+
+        def generate(samples: Sequence[Sample], on_progress: Callable[[int], object]) -> list[str]:
+            completions = generate_with_vllm(llm, self.tokenizer, **_arguments(samples))
+            on_progress(len(samples))
+            return completions
 
         return generate
 
@@ -258,7 +263,7 @@ def _arguments(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that decide the score of a cell. Lengths do where they sort the questions into cells."""
+    """Settings that decide the scores of a cell. Lengths do if they sort the questions into cells."""
     left_out = {*_NOT_IN_FINGERPRINT, *(() if settings["questions"] else ("lengths",))}
     if settings["model_sha256"] is not None:
         left_out.add("model_name_or_path")  # a folder that was moved is the same model
@@ -266,7 +271,7 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content_hash(path: Path, suffixes: set[str] | None) -> str | None:
-    """Hash of a file, or of the files of a folder; `None` for what is not on this machine."""
+    """Hash of a file, or of the files of a folder; `None` if it is not on this machine."""
     if path.is_file():
         return sha256_of(path)[:16]
     if not path.is_dir():

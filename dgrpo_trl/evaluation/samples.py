@@ -1,25 +1,24 @@
-"""A sample: a prompt with what a right completion holds; and a cell of them, a task at a length."""
+"""A sample: a prompt and what a correct completion contains. A cell: the samples of a task at a length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, with what a right completion holds.
+    """One prompt, and what a correct completion contains.
 
     Args:
         id (`str`):
-            The same for the same task, length, seed and number, for any model: it pairs the samples of two runs.
+            The same for any model, given task, length, seed and number: it pairs the samples of two runs.
         messages (`list[dict]`):
-            Conversational prompt: a user turn, after a system turn if one was asked for.
+            Conversational prompt: a user turn, after a system turn if there is a `system_message`.
         answer_prefix (`str`):
             Beginning of the answer, which follows the generation prompt; may be empty.
         references (`tuple[str, ...]`):
-            What a right completion holds.
+            What a correct completion contains.
         max_new_tokens (`int`):
             Longest completion, in tokens.
         num_tokens (`int`):
@@ -37,15 +36,10 @@ class Sample:
     shared_with: str | None = None
 
 
-def prompt_text(
-    messages: list[dict],
-    answer_prefix: str,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> str:
+def prompt_text(messages: list[dict], answer_prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as the model reads it: chat template, generation prompt, beginning of the answer.
 
-    Control tokens stand in it, a first one too if the template has it: tokenise it with `add_special_tokens=False`.
+    It contains the control tokens of the template: tokenize it with `add_special_tokens=False`.
 
     Args:
         messages (`list[dict]`):
@@ -54,39 +48,35 @@ def prompt_text(
             Beginning of the answer.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's, with a chat template.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the template, such as `enable_thinking`.
 
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             "`tokenizer` has no chat template. Prompts are conversational. Set `tokenizer.chat_template`; for a base "
-            "model, one that only joins the contents will do."
+            "model, one that only concatenates the contents is enough."
         )
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
-    )
-    return rendered + answer_prefix
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + answer_prefix
 
 
 def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    # `verbose` warns of more tokens than the model's longest input, which is for the caller to decide
+    """Tokens of a prompt, without special tokens added."""
+    # `verbose` warns about more tokens than the model's longest input, which the caller checks
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table: a task at a length.
+    """A task at a length: one number of the results.
 
     Args:
         task (`str`), length (`int`):
-            What it is called.
+            Its name.
         metric (`str`):
-            Of `METRICS`.
+            Name of its score, one of `METRICS`.
         make (`Callable[[], list[Sample]]`):
-            Its samples, the same whenever they are made.
+            Its samples, the same at each call.
     """
 
     task: str
@@ -96,4 +86,5 @@ class Cell:
 
     @property
     def file_name(self) -> str:
+        """Where a run keeps its results, below `cells/`."""
         return "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{self.task}-{self.length}") + ".json"

@@ -1,7 +1,7 @@
 """Scores of one completion against its references, in [0, 1], and intervals of their means.
 
-RULER's tasks are scored by [`string_match_all`], questions with one right answer by [`exact_match`], or by
-[`mentioned`], which forgives the form.
+RULER's tasks are scored by [`string_match_all`], questions with one correct answer by [`exact_match`] or, whatever the
+form of the answer, by [`mentioned`].
 """
 
 import math
@@ -13,36 +13,40 @@ from ..rewards import exact_match_reward, normalize_answer
 
 
 def string_match_all(completion: str, references: Sequence[str]) -> float:
-    """Share of the references that stand in the completion, whatever their case: RULER's score (arXiv 2404.06654).
+    """Share of the references that the completion contains, ignoring case: RULER's score (arXiv 2404.06654).
 
-    Everything that is said around them is forgiven: a completion that repeats the whole prompt holds them all.
+    Other text does not count: a completion that repeats the whole prompt contains them all.
 
     Args:
         completion (`str`):
             Text of the completion.
         references (`Sequence[str]`):
-            What a right completion holds.
+            What a correct completion contains.
 
     Raises:
-        ValueError: if there is no reference.
+        ValueError: If there is no reference.
     """
-    found = _found(completion, references)
-    return sum(found) / len(found)
+    if isinstance(references, str) or not references:
+        raise ValueError(
+            f"`references` is {references!r}. The score is a share of the references. Pass a list of texts."
+        )
+    completion = completion.lower()
+    return sum(reference.lower() in completion for reference in references) / len(references)
 
 
 def exact_match(completion: str, references: Sequence[str]) -> float:
     """1.0 if the completion answers with any of the references and nothing else, else 0.0.
 
-    The [`~rewards.exact_match_reward`] of training: what it takes as the answer, and forms that it treats alike.
+    It is the [`~rewards.exact_match_reward`] of training, with what that takes as the answer and as the same answer.
 
     Args:
         completion (`str`):
             Text of the completion.
         references (`Sequence[str]`):
-            Answers of which any is right.
+            Answers, of which any is correct.
 
     Raises:
-        ValueError: if no reference has a letter, digit or symbol to compare.
+        ValueError: If no reference has a letter, digit or symbol to compare.
     """
     score = exact_match_reward([completion], [list(references)])[0]
     if score is None:
@@ -54,26 +58,17 @@ def exact_match(completion: str, references: Sequence[str]) -> float:
 
 
 def mentioned(completion: str, references: Sequence[str]) -> float:
-    """1.0 if any of the references stands in the completion as a word, whatever else is said, else 0.0.
+    """1.0 if the completion contains any of the references as a word, else 0.0.
 
     Args:
         completion (`str`):
             Text of the completion.
         references (`Sequence[str]`):
-            Answers of which any is right.
+            Answers, of which any is correct.
     """
-    said = normalize_answer(completion)
+    text = normalize_answer(completion)
     patterns = (rf"(?<!\w){re.escape(normalize_answer(reference))}(?!\w)" for reference in references)
-    return float(any(re.search(pattern, said) for pattern in patterns))
-
-
-def _found(completion: str, references: Sequence[str]) -> list[bool]:
-    if isinstance(references, str) or not references:
-        raise ValueError(
-            f"`references` is {references!r}. The score is a share of the references. Pass a list of texts."
-        )
-    completion = completion.lower()
-    return [reference.lower() in completion for reference in references]
+    return float(any(re.search(pattern, text) for pattern in patterns))
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -85,7 +80,7 @@ QUESTION_METRICS = ("exact_match", "mentioned")
 
 
 def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share; unlike the normal one it stays in [0, 1] and is not empty at 0 and 1.
+    """Wilson score interval of a share. Unlike the normal one, it stays in [0, 1] and has a width at 0 and 1.
 
     Args:
         num_correct (`int`):
@@ -99,7 +94,7 @@ def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tup
         `tuple[float, float]`: the lower and the upper end.
 
     Raises:
-        ValueError: unless `0 <= num_correct <= num_rows` and `num_rows > 0`.
+        ValueError: Unless `0 <= num_correct <= num_rows` and `num_rows > 0`.
     """
     if not 0 <= num_correct <= num_rows or num_rows == 0:
         raise ValueError(f"Needs 0 <= num_correct <= num_rows and num_rows > 0, got {num_correct} and {num_rows}.")
@@ -112,7 +107,7 @@ def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tup
 
 
 def score_interval(scores: Sequence[float], num_draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of a mean: Wilson's where all scores are 0 or 1, a percentile bootstrap (seed 0) else."""
+    """95 % interval of a mean: Wilson's if all scores are 0 or 1, else a percentile bootstrap (seed 0)."""
     if all(score in (0, 1) for score in scores):
         return wilson_interval(sum(map(int, scores)), len(scores))
     draw = random.Random(0)

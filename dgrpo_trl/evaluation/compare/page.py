@@ -2,33 +2,43 @@
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...files import write_text
-from .figures import Cell, html_page, html_table, interval_figure, legend, line_figure, markdown_table
+from ..results import MIN_SAMPLES
+from .figures import interval_figure, legend, line_figure
+from .markup import TableCell, html_page, html_table, markdown_table
 
+
+Entry = Mapping[str, Any]
+Text = str | TableCell
+Rows = list[list[Text]]
 
 _METRICS = {
     "accuracy": "Score of checkpoints",
     "reward": "Mean reward",
     "eval_reward": "Mean reward on held-out prompts",
     "distill/divergence": "KL(student || teacher), nats per token",
+    "loss": "Loss (of each method its own)",
+    "distill/grpo_loss": "GRPO part of the loss",
+    "distill/loss": "Teacher part of the loss",
 }
 
 _READING = (
-    "Scores are per cent; a score over several cells (task and length) is the mean over the cells. Each figure has "
-    "its 95 % interval. A difference is taken sample by sample on the same samples. Where several seeds of a training "
-    "were run, the interval holds the differences between seeds as well as those between samples, else those between "
-    "samples only. ▲ and ▼ mark differences whose interval excludes 0; intervals are not widened for their number, so "
-    "one in twenty may do so by chance."
+    "Scores are in percent; a score over several cells (task and length) is the mean over their samples. Each figure "
+    "has its 95 % interval. A difference is taken sample by sample on the same samples. With several seeds of a "
+    "training, the interval includes the differences between seeds as well as those between samples, else only those "
+    "between samples. ▲ and ▼ mark differences whose interval excludes 0; intervals are not widened for their number, "
+    f"so one in twenty may do so by chance. Figures of fewer than {MIN_SAMPLES} samples have no mark and no color."
 )
 
 
 def write_comparison(
-    output_dir: str | Path, comparison: Mapping, title: str = "Comparison of runs", command: str = ""
+    output_dir: str | Path, comparison: Entry, title: str = "Comparison of runs", command: str = ""
 ) -> Path:
-    """Write `comparison.json`, `comparison.md` and `comparison.html`, which loads nothing from anywhere.
+    """Writes `comparison.json`, `comparison.md` and `comparison.html`, which loads nothing.
 
     Args:
         output_dir (`str` or `Path`):
@@ -38,7 +48,7 @@ def write_comparison(
         title (`str`, *optional*):
             Heading.
         command (`str`, *optional*):
-            What was run, shown at the end.
+            The command that made it, shown at the end.
 
     Returns:
         `Path`: path of `comparison.html`.
@@ -53,7 +63,7 @@ def write_comparison(
     return path
 
 
-def to_markdown(comparison: Mapping, title: str, command: str = "") -> str:
+def to_markdown(comparison: Entry, title: str, command: str = "") -> str:
     """The summary, the notes and all tables as Markdown."""
     parts = [f"# {title}"]
     parts += [_summary(comparison), _READING] if comparison.get("scores") else []
@@ -64,43 +74,43 @@ def to_markdown(comparison: Mapping, title: str, command: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(comparison: Mapping, title: str, command: str = "") -> str:
+def to_html(comparison: Entry, title: str, command: str = "") -> str:
     """The page: summary, notes, tables, figures, heat maps, curves of training, settings of the runs."""
     tables = {
         name: html_table(header, rows, name, "numbers", caption) for name, caption, header, rows in _tables(comparison)
     }
     body = [f"<h1>{html.escape(title)}</h1>"]
     if comparison.get("scores"):
-        order = list(comparison["groups"])
         body += [f"<p>{_inline(_summary(comparison))}</p>", f'<p class="muted">{html.escape(_READING)}</p>']
     if comparison.get("notes"):
         body.append(f"<ul>{''.join(f'<li>{_inline(note)}</li>' for note in comparison['notes'])}</ul>")
     if comparison.get("scores"):
-        body += ["<h2>Scores</h2>", tables["scores-by-length"], tables["scores-by-task"]]
-        if "each-run" in tables:
-            body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
-        if comparison["differences"]:
-            body.append(f"<h2>Differences to {html.escape(comparison['baseline'])}</h2>")
-            others = [name for name in order if name != comparison["baseline"]]
-            body += [legend(order, others), f'<div class="grid">{_difference_figures(comparison)}</div>']
-            body += [tables["differences-by-length"], tables["differences-by-task"]]
-        lengths = {score["length"] for score in comparison["scores"]} - {None}
-        if len(lengths) > 1:
-            body += [
-                "<h2>Scores by length</h2>",
-                legend(order),
-                f'<div class="grid">{_length_figures(comparison)}</div>',
-            ]
-        body += ["<h2>Task by length</h2>", f'<div class="grid">{_heat_maps(comparison)}</div>']
+        body += _scores_part(comparison, tables)
     if "harness" in tables:
         body += ["<h2>lm-evaluation-harness</h2>", tables["harness"]]
     if comparison.get("training"):
-        body.append(_training_part(comparison["training"], list(comparison.get("groups", {})), tables))
+        body += _training_part(comparison["training"], list(comparison.get("groups", {})), tables)
     if comparison.get("groups"):
         body += ["<h2>Settings</h2>", *map(_settings, comparison["groups"].items())]
     if command:
         body.append(f"<p>This page: <code>{html.escape(command)}</code></p>")
     return html_page(title, body)
+
+
+def _scores_part(comparison: Entry, tables: Mapping[str, str]) -> list[str]:
+    order, baseline = list(comparison["groups"]), comparison["baseline"]
+    body = ["<h2>Scores</h2>", tables["scores-by-length"], tables["scores-by-task"]]
+    if "each-run" in tables:
+        body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
+    if comparison["differences"]:
+        body.append(f"<h2>Differences to {html.escape(baseline)}</h2>")
+        body.append(legend(order, [name for name in order if name != baseline]))
+        body.append(f'<div class="grid">{_difference_figures(comparison)}</div>')
+        body += [tables["differences-by-length"], tables["differences-by-task"]]
+    if len({score["length"] for score in comparison["scores"]} - {None}) > 1:
+        body += ["<h2>Scores by length</h2>", legend(order)]
+        body.append(f'<div class="grid">{_length_figures(comparison)}</div>')
+    return [*body, "<h2>Task by length</h2>", f'<div class="grid">{_heat_maps(comparison)}</div>']
 
 
 def _inline(text: str) -> str:
@@ -109,7 +119,7 @@ def _inline(text: str) -> str:
     return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def _summary(comparison: Mapping) -> str:
+def _summary(comparison: Entry) -> str:
     scores = comparison["scores"]
     cells = [score for score in scores if score["task"] is not None and score["length"] is not None]
     num_tasks, num_lengths = len({cell["task"] for cell in cells}), len({cell["length"] for cell in cells})
@@ -118,7 +128,7 @@ def _summary(comparison: Mapping) -> str:
     overall = [score for score in scores if score["task"] is None and score["length"] is None and score["complete"]]
     parts = [
         f"{_count(len(comparison['groups']), 'model or method', 'models or methods')}, {_count(num_runs, 'run')}, "
-        f"{_count(num_tasks, 'task')}, {_count(num_lengths, 'length')}, {num_samples:,} samples a run; baseline "
+        f"{_count(num_tasks, 'task')}, {_count(num_lengths, 'length')}, {num_samples:,} samples per run; baseline "
         f"`{comparison['baseline']}`."
     ]
     if len(overall) > 1:
@@ -139,84 +149,90 @@ def _percent(share: float, sign: str = "") -> str:
     return text.replace("-0.0", "0.0").replace("+0.0", "0.0") if float(text) == 0 else text
 
 
-def _score_cell(score: Mapping | None) -> str | Cell:
+def _score_cell(score: Entry | None) -> Text:
     if score is None:
         return "–"
     star = "" if score["complete"] else " *"
-    return Cell(_percent(score["score"]) + star, " to ".join(map(_percent, score["interval"])))
+    return TableCell(_percent(score["score"]) + star, " to ".join(map(_percent, score["interval"])))
 
 
-def _difference_cell(difference: Mapping | None) -> str | Cell:
+def _difference_cell(difference: Entry | None) -> Text:
     if difference is None:
         return "–"
     kind = mark = ""
-    if difference["excludes_zero"]:
+    if difference["excludes_zero"] and difference["num_samples"] >= MIN_SAMPLES:
         kind, mark = ("better", "▲ ") if difference["difference"] > 0 else ("worse", "▼ ")
     interval = " to ".join(_percent(end, "+") for end in difference["interval"])
-    return Cell(mark + _percent(difference["difference"], "+"), interval, kind)
+    return TableCell(mark + _percent(difference["difference"], "+"), interval, kind)
 
 
-def _seeds_cell(found: Mapping | None, text: str = ".3g") -> str | Cell:
+def _seeds_cell(found: Entry | None, text: str = ".3g") -> Text:
     if found is None:
         return "–"
     interval = found["interval"]
-    return Cell(f"{found['mean']:{text}}", f"{interval[0]:{text}} to {interval[1]:{text}}" if interval else "")
+    return TableCell(f"{found['mean']:{text}}", f"{interval[0]:{text}} to {interval[1]:{text}}" if interval else "")
 
 
-def _table(entries: Sequence[Mapping], column: str, to_cell, names: Sequence[str]) -> tuple[list, list]:
+def _table(
+    entries: Sequence[Entry], column: str, to_cell: Callable[[Entry | None], Text], names: Sequence[str]
+) -> tuple[list[str], Rows]:
     """Groups by all and `column` ("length" or "task"): its header and rows."""
     other = "task" if column == "length" else "length"
     found = {(entry["group"], entry[column]): entry for entry in entries if entry[other] is None}
     keys = list(dict.fromkeys(key for _, key in found if key is not None))
     keys = sorted(keys) if column == "length" else keys
     header = ["", "all", *(f"{key:,}" if column == "length" else key for key in keys)]
-    return header, [[name, *(to_cell(found.get((name, key))) for key in (None, *keys))] for name in names]
+    rows: Rows = [[name, *(to_cell(found.get((name, key))) for key in (None, *keys))] for name in names]
+    if column == "length" and any("mentioned" in entry for entry in found.values()):
+        header.append("all, answer mentioned")
+        for name, row in zip(names, rows, strict=True):
+            entry = found.get((name, None), {})
+            row.append(_percent(entry["mentioned"]) if "mentioned" in entry else "–")
+    return header, rows
 
 
-def _tables(comparison: Mapping) -> list[tuple[str, str, list, list]]:
+def _tables(comparison: Entry) -> list[tuple[str, str, list[str], Rows]]:
     """`(id, caption, header, rows)` of each table."""
     tables = []
     if comparison.get("scores"):
         groups = comparison["groups"]
         others = [name for name in groups if name != comparison["baseline"]]
         for column, label in (("length", "length in tokens"), ("task", "task")):
-            table = _table(comparison["scores"], column, _score_cell, list(groups))
-            tables.append((f"scores-by-{column}", f"Score by {label}, %", *table))
+            header, rows = _table(comparison["scores"], column, _score_cell, list(groups))
+            tables.append((f"scores-by-{column}", f"Score by {label}, %", header, rows))
         if any(len(runs) > 1 for runs in groups.values()):
             tables.append(("each-run", "Each run: score by length in tokens, %", *_run_table(comparison)))
         for column, label in (("length", "length in tokens"), ("task", "task")):
             if comparison["differences"]:
-                table = _table(comparison["differences"], column, _difference_cell, others)
+                header, rows = _table(comparison["differences"], column, _difference_cell, others)
                 caption = f"Difference to {comparison['baseline']} by {label}, percentage points"
-                tables.append((f"differences-by-{column}", caption, *table))
+                tables.append((f"differences-by-{column}", caption, header, rows))
     if comparison.get("harness"):
-        rows = {(entry["task"], entry["metric"]): {} for entry in comparison["harness"]}
-        for entry in comparison["harness"]:
-            rows[entry["task"], entry["metric"]][entry["group"]] = _seeds_cell(entry)
-        names = list(comparison["groups"])
-        body = [
-            [f"{task}: {metric.replace(',', ', ')}", *(row.get(name, "–") for name in names)]
-            for (task, metric), row in rows.items()
-        ]
-        tables.append(
-            (
-                "harness",
-                "Task and metric; intervals over seeds, or from the standard error of one run",
-                ["", *names],
-                body,
-            )
-        )
+        caption = "Task and metric; intervals over seeds, or from the standard error of one run"
+        tables.append(("harness", caption, *_harness_table(comparison)))
     for metric, found in (comparison.get("training") or {}).items():
         if "reached" in found:
             tables.append((_training_id(metric), f"{_METRICS[metric]}: by step", *_training_table(found)))
     return tables
 
 
-def _run_table(comparison: Mapping) -> tuple[list, list]:
+def _harness_table(comparison: Entry) -> tuple[list[str], Rows]:
+    found: dict[tuple[str, str], dict[str, Text]] = {}
+    for entry in comparison["harness"]:
+        found.setdefault((entry["task"], entry["metric"]), {})[entry["group"]] = _seeds_cell(entry)
+    names = list(comparison["groups"])
+    rows: Rows = [
+        [f"{task}: {metric.replace(',', ', ')}", *(cells.get(name, "–") for name in names)]
+        for (task, metric), cells in found.items()
+    ]
+    return ["", *names], rows
+
+
+def _run_table(comparison: Entry) -> tuple[list[str], Rows]:
     by_length = [score for score in comparison["scores"] if score["task"] is None]
     keys = sorted({score["length"] for score in by_length} - {None})
     found = {(score["group"], score["length"]): score["per_run"] for score in by_length}
-    rows = []
+    rows: Rows = []
     for name, runs in comparison["groups"].items():
         for i, run in enumerate(runs):
             values = [found.get((name, key)) for key in (None, *keys)]
@@ -229,12 +245,12 @@ def _training_id(metric: str) -> str:
     return f"training-{metric.replace('/', '-').replace('_', '-')}"
 
 
-def _training_table(found: Mapping) -> tuple[list, list]:
+def _training_table(found: Entry) -> tuple[list[str], Rows]:
     values = list(dict.fromkeys(entry["value"] for entry in found["reached"]))
     first, last = found["steps"]
     header = ["", *(f"steps to {value:.3g}" for value in values)]
     header += [f"mean height, steps {first:g} to {last:g}"] if "areas" in found else []
-    rows = {name: [name] for name in found["curves"]}
+    rows: dict[str, list[Text]] = {name: [name] for name in found["curves"]}
     for entry in found["reached"]:
         not_all = f"{entry['num_reached']} of {entry['num_runs']} reach it"
         rows[entry["group"]].append(_seeds_cell(entry["steps"], ".0f") if entry["steps"] else not_all)
@@ -243,16 +259,17 @@ def _training_table(found: Mapping) -> tuple[list, list]:
     return header, list(rows.values())
 
 
-def _difference_figures(comparison: Mapping) -> str:
+def _difference_figures(comparison: Entry) -> str:
     order = list(comparison["groups"])
-    overall, by_length = {}, {}
+    overall: dict[str, list[float]] = {}
+    by_length: dict[str, list[list[float | None]]] = {}
     lengths = sorted({entry["length"] for entry in comparison["differences"]} - {None})
     for entry in comparison["differences"]:
         values = [100 * value for value in (entry["difference"], *entry["interval"])]
         if entry["task"] is None and entry["length"] is None:
             overall[entry["group"]] = values
         elif entry["task"] is None:
-            by_length.setdefault(entry["group"], []).append((lengths.index(entry["length"]), *values))
+            by_length.setdefault(entry["group"], []).append([lengths.index(entry["length"]), *values])
     figures = interval_figure("Over all cells", overall, order, "percentage points")
     if len(lengths) > 1:
         ticks = list(enumerate(map(_short, lengths)))
@@ -260,16 +277,16 @@ def _difference_figures(comparison: Mapping) -> str:
     return figures
 
 
-def _length_figures(comparison: Mapping) -> str:
+def _length_figures(comparison: Entry) -> str:
     order = list(comparison["groups"])
     lengths = sorted({score["length"] for score in comparison["scores"]} - {None})
     ticks = list(enumerate(map(_short, lengths)))
-    lines = {}
+    lines: dict[str | None, dict[str, list[list[float | None]]]] = {}
     for score in comparison["scores"]:
         if score["length"] is not None:
             values = (100 * value for value in (score["score"], *score["interval"]))
             line = lines.setdefault(score["task"], {}).setdefault(score["group"], [])
-            line.append((lengths.index(score["length"]), *values))
+            line.append([lengths.index(score["length"]), *values])
     return "".join(
         line_figure(task or "all tasks", series, order, "length, tokens", "score, %", ticks, (0, 100))
         for task, series in lines.items()
@@ -280,47 +297,50 @@ def _short(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
 
 
-def _heat_maps(comparison: Mapping) -> str:
+def _heat_maps(comparison: Entry) -> str:
     cells = {
-        (score["group"], score["task"], score["length"]): score["score"]
+        (score["group"], score["task"], score["length"]): score
         for score in comparison["scores"]
         if score["task"] is not None and score["length"] is not None
     }
     tasks, lengths = list(dict.fromkeys(task for _, task, _ in cells)), sorted({length for *_, length in cells})
     maps = []
     for i, group in enumerate(comparison["groups"]):
-        rows = []
-        for task in tasks:
-            values = [cells.get((group, task, length)) for length in lengths]
-            rows.append([task, *("–" if v is None else Cell(f"{100 * v:.0f}", share=v) for v in values)])
+        rows = [[task, *(_heat_cell(cells.get((group, task, length))) for length in lengths)] for task in tasks]
         header = ["", *map(_short, lengths)]
         maps.append(html_table(header, rows, f"heat-{i}", "numbers heat", f"{group}: score, %"))
     return "".join(maps)
 
 
-def _training_part(training: Mapping, groups: Sequence[str], tables: Mapping[str, str]) -> str:
+def _heat_cell(score: Entry | None) -> Text:
+    if score is None:
+        return "–"
+    share = score["score"] if score["num_samples"] >= MIN_SAMPLES else None
+    return TableCell(f"{100 * score['score']:.0f}", share=share)
+
+
+def _training_part(training: Entry, groups: Sequence[str], tables: Mapping[str, str]) -> list[str]:
     names = dict.fromkeys(name for found in training.values() for name in found["curves"])
     order = [*groups, *(name for name in names if name not in groups)]
     figures = "".join(
-        line_figure(_METRICS[metric], found["curves"], order, "optimiser step", _METRICS[metric])
+        line_figure(_METRICS[metric], found["curves"], order, "optimizer step", _METRICS[metric])
         for metric, found in training.items()
     )
     shown = "".join(tables[_training_id(metric)] for metric in training if _training_id(metric) in tables)
     text = (
-        "Lines are means over seeds, bands go from the lowest to the highest seed. What was logged is shown as the "
-        "mean of the last tenth of the entries. The mean height is the area under the curve divided by its steps; "
-        "intervals are t intervals over seeds."
+        "Lines are means over seeds, bands go from the lowest to the highest seed. Logged values are smoothed: each "
+        "is the mean of the last tenth of the entries. The mean height is the area under the curve divided by its "
+        "steps; intervals are t intervals over seeds."
     )
-    return (
-        f'<h2>Training</h2><p class="muted">{text}</p>{legend(order, names)}<div class="grid">{figures}</div>{shown}'
-    )
+    heading = f'<h2>Training</h2><p class="muted">{text}</p>'
+    return [heading, legend(order, names), f'<div class="grid">{figures}</div>', shown]
 
 
-def _settings(item: tuple[str, Sequence[Mapping]]) -> str:
+def _settings(item: tuple[str, Sequence[Entry]]) -> str:
     name, runs = item
     shown = []
     for run in runs:
-        rows = [[key, run[key]] for key in ("path", "model", "revision", "fingerprint") if run.get(key)]
+        rows: Rows = [[key, run[key]] for key in ("path", "model", "revision", "fingerprint") if run.get(key)]
         for key in ("settings", "versions"):
             rows += [[f"{key}, {name}", _plain(value)] for name, value in run.get(key, {}).items()]
         shown.append(f"<h3>{html.escape(run['name'])}</h3><p><code>{html.escape(run['command'])}</code></p>")
@@ -328,5 +348,5 @@ def _settings(item: tuple[str, Sequence[Mapping]]) -> str:
     return f"<details><summary>{html.escape(name)} ({_count(len(runs), 'run')})</summary>{''.join(shown)}</details>"
 
 
-def _plain(value) -> str:
+def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

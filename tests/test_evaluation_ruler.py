@@ -1,9 +1,10 @@
-"""Samples of long-context tasks: what they hold, how long they are, what they are scored by."""
+"""RULER's tasks: what the prompts contain, and how long they are."""
 
-import logging
+import copy
 import re
 import string
 from collections import Counter
+from random import Random
 
 import pytest
 from conftest import CHAT_TEMPLATE, build_tokenizer
@@ -13,42 +14,42 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
-from dgrpo_trl.evaluation import ruler
+from dgrpo_trl.evaluation.generation import bind_chat_template_kwargs
 from dgrpo_trl.evaluation.haystack import NEEDLES, NOISE, NOISE_LINE, Haystack
 from dgrpo_trl.evaluation.overlap import shared_ngrams
-from dgrpo_trl.evaluation.questions import question_samples
-from dgrpo_trl.evaluation.ruler import RULER_TASKS, TEXT_TASKS, make_samples
+from dgrpo_trl.evaluation.ruler import ADJECTIVES, COMPOUNDS, NOUNS, RULER_TASKS, fit_units, make_samples
 from dgrpo_trl.evaluation.samples import Sample, prompt_text
-from dgrpo_trl.evaluation.scores import METRICS, exact_match, string_match_all
-from dgrpo_trl.text import tokenize
+from dgrpo_trl.evaluation.scores import exact_match, string_match_all
 
 
 PROSE = " ".join(
-    f"In the year {1500 + i} the {ruler._ADJECTIVES[i]} people of the town built a {ruler._NOUNS[i]} by the river. "
-    f"Its {ruler._NOUNS[-i - 1]} was of stone, and nobody knew why."
+    f"In the year {1500 + i} the {ADJECTIVES[i]} people of the town built a {NOUNS[i]} by the river. "
+    f"Its {NOUNS[-i - 1]} was of stone, and nobody knew why."
     for i in range(60)
 )
 TEXT = Haystack.from_text(PROSE)
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.")
 NEEDLE_TASKS = [task for task in RULER_TASKS if task.startswith("niah")]
-# The smallest round length that holds each task with the vocabulary of `words_tokenizer`
+# Those that the haystack changes
+TEXT_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+# The smallest round length that fits each task with the vocabulary of `words_tokenizer`
 LENGTH = 1024
 
 
-def build_words_tokenizer(more_words: list[str] = ()) -> PreTrainedTokenizerFast:
-    """Another vocabulary: about a token a word, where conftest's has about one for two characters."""
+def build_words_tokenizer() -> PreTrainedTokenizerFast:
+    """Another vocabulary: about one token per word, where conftest's has about one for two characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     trainer = trainers.BpeTrainer(
-        vocab_size=3000 + 2 * len(more_words),
+        vocab_size=3000,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     text = [PROSE, NOISE_LINE, "user assistant", " ".join(f"{number}." for number in range(1000))]
-    text += [f"{noun} {noun}{noun}" for noun in ruler._NOUNS]
+    text += [f"{noun} {noun}{noun}" for noun in NOUNS]
     text += [make_samples(task, 4096, 1, build_tokenizer())[0].messages[0]["content"] for task in ("vt", "fwe")]
-    tokenizer.train_from_iterator([*text, *(f" {word}" for word in more_words)] * 3, trainer)
+    tokenizer.train_from_iterator(text * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
 
 
@@ -69,16 +70,25 @@ def num_tokens(sample: Sample, tokenizer) -> int:
 # --- Lengths
 
 
+# What one more unit has at most, in characters
+UNIT_CHARS = {
+    **dict.fromkeys(RULER_TASKS, len(" everybody")),
+    "cwe": 3 * len(" 9999. snowlamp"),
+    "fwe": 4 * len(" abcdef"),
+    "niah_multikey_2": 85,
+    "niah_multikey_3": len(f"\nOne of the special magic uuids for {'0' * 36} is: {'0' * 36}."),
+}
+
+
 @pytest.mark.parametrize("length", [1024, 2048, 5000, 16384])
 @pytest.mark.parametrize("task", RULER_TASKS)
 def test_prompt_and_completion_fill_the_length_up_to_one_unit_of_filler(task, length, tokenizer, words_tokenizer):
-    # What one more unit has at most, in characters: a token has at least one
-    longest = {"cwe": 3 * len(" 9999. snowlamp"), "fwe": 4 * len(" abcdef"), "niah_multikey_2": 85}
-    longest["niah_multikey_3"] = len(f"\nOne of the special magic uuids for {'0' * 36} is: {'0' * 36}.")
     num_filled = 0
     for tok in (tokenizer, words_tokenizer):
         try:
-            samples = make_samples(task, length, 3, tok, haystack=TEXT, system_message="Be brief.")
+            samples = make_samples(
+                task, length, 1 if length > 5000 else 3, tok, haystack=TEXT, system_message="Brief."
+            )
         except ValueError as error:
             assert "with its shortest text" in str(error)
             continue
@@ -86,35 +96,39 @@ def test_prompt_and_completion_fill_the_length_up_to_one_unit_of_filler(task, le
             num_filled += 1
             assert sample.num_tokens == num_tokens(sample, tok)
             left = length - sample.num_tokens - sample.max_new_tokens
-            assert 0 <= left <= longest.get(task, len(" everybody"))
-    assert num_filled >= 3
+            assert 0 <= left <= UNIT_CHARS[task]  # a token has at least one character
+    assert num_filled > 0
 
 
-def test_a_unit_more_than_fits_would_exceed_the_length(words_tokenizer):
-    for task in ("niah_single_1", "niah_multikey_2", "vt", "cwe"):
-        found = []
-        draft = RULER_TASKS[task](ruler.Random(f"0:{task}:{LENGTH}:0"), LENGTH, NOISE)
-
-        def count(num_units, draft=draft, found=found):
-            found.append(num_units)
-            text = prompt_text(
-                [{"role": "user", "content": draft.content(num_units)}], draft.answer_prefix, words_tokenizer
-            )
-            return ruler.count_tokens(text, words_tokenizer) + draft.max_new_tokens
-
-        num_units, tokens = ruler._most_units(count, LENGTH, draft, task)
-        assert tokens == count(num_units) <= LENGTH
-        assert count(num_units + 2) > LENGTH  # one more may fit where less than an average unit is left
+# Tokens of the next two units at most, where a word is about a token: needles of 30 tokens, entries of 7
+@pytest.mark.parametrize(
+    ("task", "two_units"), [("niah_single_1", 6), ("niah_multikey_2", 60), ("vt", 6), ("cwe", 14)]
+)
+def test_two_units_more_than_there_are_would_exceed_the_length(task, two_units, words_tokenizer):
+    for sample in make_samples(task, LENGTH, 3, words_tokenizer):
+        assert LENGTH - sample.num_tokens - sample.max_new_tokens < two_units
 
 
-def test_a_long_sample_takes_few_tokenisations(words_tokenizer, monkeypatch):
-    calls = []
-    count = ruler.count_tokens
-    monkeypatch.setattr(ruler, "count_tokens", lambda *args: calls.append(count(*args)) or calls[-1])
-    for task in RULER_TASKS:
-        calls.clear()
-        make_samples(task, 16384, 2, words_tokenizer, haystack=TEXT)
-        assert sum(tokens > 8192 for tokens in calls) <= 12, task  # of two samples
+class Counting:
+    """A tokenizer that counts the tokens of each text it gets."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.counts = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **kwargs):
+        encoded = self.tokenizer(text, **kwargs)
+        self.counts.append(len(encoded["input_ids"]))
+        return encoded
+
+
+@pytest.mark.parametrize("task", RULER_TASKS)
+def test_a_long_sample_is_tokenized_a_few_times(task, words_tokenizer):
+    counting = Counting(words_tokenizer)
+    make_samples(task, 8192, 2, counting, haystack=TEXT)
+    assert 2 <= sum(tokens > 4096 for tokens in counting.counts) <= 12  # of two samples
 
 
 @pytest.mark.parametrize("task", RULER_TASKS)
@@ -124,23 +138,27 @@ def test_a_length_that_cannot_hold_the_task_is_refused_with_what_it_takes(task, 
         make_samples(task, length, 1, tokenizer)
 
 
-def test_a_length_beyond_the_list_of_words_is_refused(words_tokenizer, monkeypatch):
-    monkeypatch.setattr(ruler, "_COMPOUNDS", ruler._COMPOUNDS[:100])
-    with pytest.raises(ValueError, match="'cwe' has words for about"):
-        make_samples("cwe", 8192, 1, words_tokenizer)
+class Coarse(Counting):
+    """A tokenizer that counts one token for 1000 characters."""
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [0] * (len(text) // 1000)}
 
 
-@given(rate=st.floats(0.2, 40), start=st.integers(0, 200), length=st.integers(200, 100_000), wobble=st.integers(0, 9))
+def test_a_length_beyond_the_list_of_words_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"`length` is 4096 tokens, but 'cwe' has words for about \d+\."):
+        make_samples("cwe", 4096, 1, Coarse(tokenizer))
+
+
+@given(rate=st.floats(0.2, 40), start=st.integers(0, 200), budget=st.integers(200, 100_000), wobble=st.integers(0, 9))
 @settings(deadline=None, max_examples=200)
-def test_the_search_ends_at_the_largest_number_for_any_cost_of_units(rate, start, length, wobble):
-    draft = ruler._Draft(content=str, answer_prefix="", references=("x",), max_new_tokens=0)
-
+def test_the_search_ends_at_the_largest_number_for_any_cost_of_units(rate, start, budget, wobble):
     def count(num_units):
         return start + int(rate * num_units) + (num_units * 7919 % (wobble + 1)) // 2
 
-    num_units, tokens = ruler._most_units(count, length, draft, "a task")
-    assert tokens == count(num_units) <= length
-    assert length - tokens <= rate * 2 + 10
+    num_units, tokens = fit_units(count, budget)
+    assert tokens == count(num_units) <= budget
+    assert budget - tokens <= rate * 2 + 10
 
 
 # --- Draws
@@ -161,7 +179,8 @@ def test_samples_depend_on_seed_length_and_number_and_on_nothing_else(task, word
 
 @pytest.mark.parametrize("task", RULER_TASKS)
 def test_two_vocabularies_are_asked_the_same(task, tokenizer, words_tokenizer):
-    one, other = (make_samples(task, 8192, 2, tok, haystack=TEXT) for tok in (tokenizer, words_tokenizer))
+    length = 8192 if task == "cwe" else 2048
+    one, other = (make_samples(task, length, 2, tok, haystack=TEXT) for tok in (tokenizer, words_tokenizer))
     assert [(s.id, s.references, s.answer_prefix) for s in one] == [
         (s.id, s.references, s.answer_prefix) for s in other
     ]
@@ -208,13 +227,18 @@ def test_each_asked_value_is_in_the_text_once_under_its_key(task, haystack, toke
         assert text.startswith(f"{'A' if singular else 'Some'} special magic {kind[:-1] if singular else kind} ")
 
 
-def test_no_distractor_has_a_key_that_is_asked_for(words_tokenizer, monkeypatch):
-    monkeypatch.setattr(ruler, "_ADJECTIVES", ["old", "new"])  # so few that a random one often would
-    monkeypatch.setattr(ruler, "_NOUNS", ["barn", "mill", "pond"])
-    for sample in make_samples("niah_multikey_2", LENGTH, 5, words_tokenizer):
-        needles = NEEDLE.findall(content(sample))
-        (asked,) = [key for _, key, value in needles if value in sample.references]
-        assert [key for _, key, _ in needles].count(asked) == 1
+def test_no_distractor_has_a_key_that_is_asked_for():
+    class FewWords(Random):
+        """So few keys that a random one would often be asked for."""
+
+        def choice(self, words):
+            return super().choice(words[:3])
+
+    for seed in range(5):
+        draft = RULER_TASKS["niah_multikey_2"](FewWords(seed), LENGTH, NOISE)
+        needles = NEEDLE.findall(draft.content(40))
+        (asked,) = [key for _, key, value in needles if value in draft.references]
+        assert len(needles) == 41 and [key for _, key, _ in needles].count(asked) == 1
 
 
 def test_values_have_the_form_of_ruler(words_tokenizer):
@@ -235,7 +259,7 @@ def test_values_have_the_form_of_ruler(words_tokenizer):
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_2", "niah_multivalue"])
 def test_needles_lie_at_all_depths(task, words_tokenizer):
     depths = []
-    for sample in make_samples(task, 2048, 60, words_tokenizer, haystack=TEXT):
+    for sample in make_samples(task, LENGTH, 60, words_tokenizer, haystack=TEXT):
         text = content(sample)
         depths += [text.index(value) / len(text) for value in sample.references]
     by_fifth = Counter(min(4, int(5 * depth)) for depth in depths)
@@ -343,17 +367,18 @@ def test_the_frequent_words_are_the_three_most_frequent_after_the_dots(length, w
         assert ranked[1][1] / ranked[0][1] == pytest.approx(1 / 4, abs=0.03)
 
 
-@given(st.integers(ruler._MIN_CODED_WORDS, 100_000))
-def test_from_the_least_number_of_coded_words_on_there_is_no_tie(num_units):
+@given(st.integers(0, 100_000))
+def test_from_the_least_number_of_coded_words_on_there_is_no_tie(more):
+    num_units = RULER_TASKS["fwe"](Random(0), LENGTH, NOISE).min_units + more
     shares = [int(num_units * 6 / (3.141592653589793 * rank) ** 2) for rank in range(1, 6)]
     assert shares[1] > shares[2] > shares[3] > shares[4]
 
 
 def test_no_word_of_a_list_is_a_piece_of_another():
-    assert {len(noun) for noun in ruler._NOUNS} == {4}
-    assert len(set(ruler._NOUNS)) == len(ruler._NOUNS) and len(set(ruler._ADJECTIVES)) == len(ruler._ADJECTIVES)
-    assert len(set(ruler._COMPOUNDS)) == len(ruler._COMPOUNDS) == len(ruler._NOUNS) * (len(ruler._NOUNS) - 1)
-    assert all(set(word) <= set(string.ascii_lowercase) for word in [*ruler._NOUNS, *ruler._ADJECTIVES])
+    assert {len(noun) for noun in NOUNS} == {4}
+    assert len(set(NOUNS)) == len(NOUNS) and len(set(ADJECTIVES)) == len(ADJECTIVES)
+    assert len(set(COMPOUNDS)) == len(COMPOUNDS) == len(NOUNS) * (len(NOUNS) - 1)
+    assert all(set(word) <= set(string.ascii_lowercase) for word in [*NOUNS, *ADJECTIVES])
 
 
 def test_unknown_tasks_no_samples_and_no_chat_template_are_refused(tokenizer, words_tokenizer):
@@ -367,70 +392,18 @@ def test_unknown_tasks_no_samples_and_no_chat_template_are_refused(tokenizer, wo
 
 
 def test_arguments_of_the_chat_template_count(tokenizer):
-    thinking = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        chat_template=CHAT_TEMPLATE + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
-    )
-    arguments = {"enable_thinking": False}
-    (sample,) = make_samples("niah_single_1", LENGTH, 1, thinking, chat_template_kwargs=arguments)
-    assert prompt_text(sample.messages, "A", thinking, arguments).endswith("<think>\n\n</think>\n\nA")
-    assert sample.num_tokens > num_tokens(sample, thinking)
-
-
-# --- Scores
-
-
-@pytest.mark.parametrize(
-    ("completion", "references", "score"),
-    [
-        ("It is 1234567.", ["1234567"], 1.0),
-        ("It is 123456 7.", ["1234567"], 0.0),
-        ("snowLAMP, bearwood", ["snowlamp", "BEARWOOD", "moonmill", "palmrain"], 0.5),
-        ("ABC", ["A", "BC"], 1.0),
-        ("", ["a"], 0.0),
-        ("one\ttwo\n", ["one", "three", "two"], 2 / 3),
-    ],
-)
-def test_string_matches_by_hand(completion, references, score):
-    assert string_match_all(completion, references) == pytest.approx(score)
-
-
-@pytest.mark.parametrize(
-    ("completion", "references", "score"),
-    [
-        ("Answer: 412", ["412"], 1.0),
-        ("1,000.", ["7", "1000"], 1.0),
-        (r"So \boxed{Clara}", ["Clara"], 1.0),
-        ("It is 412", ["412"], 0.0),
-        ("412 413", ["412"], 0.0),
-        ("", ["412"], 0.0),
-    ],
-)
-def test_exact_matches_by_hand(completion, references, score):
-    assert exact_match(completion, references) == score
-
-
-def test_scores_without_references_are_refused():
-    for references in ([], "text"):
-        with pytest.raises(ValueError, match="`references` is"):
-            string_match_all("a", references)
-    for references in ([], ["", "..."]):
-        with pytest.raises(ValueError, match="None has a letter"):
-            exact_match("a", references)
-
-
-@given(
-    st.text(st.characters(codec="utf-8")),
-    st.lists(st.text(string.ascii_letters + string.digits, min_size=1), min_size=1),
-)
-def test_scores_are_shares(completion, references):
-    assert all(0 <= metric(completion, references) <= 1 for metric in METRICS.values())
-    assert string_match_all(completion + " ".join(references), references) == 1.0
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template += "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    (plain,) = make_samples("niah_single_1", LENGTH, 1, thinking)
+    bind_chat_template_kwargs(thinking, {"enable_thinking": False})
+    (sample,) = make_samples("niah_single_1", LENGTH, 1, thinking)
+    assert prompt_text(sample.messages, "A", thinking).endswith("<think>\n\n</think>\n\nA")
+    assert len(content(sample)) < len(content(plain)) and sample.num_tokens == num_tokens(sample, thinking)
 
 
 @pytest.mark.parametrize("task", RULER_TASKS)
 def test_a_perfect_model_scores_1_and_so_does_one_that_repeats_the_prompt(task, words_tokenizer):
-    # RULER forgives what stands around the answer: its score alone does not tell an echo from an answer
+    # RULER ignores the text around the answer: its score alone does not tell an echo from an answer
     for sample in make_samples(task, LENGTH, 2, words_tokenizer):
         assert string_match_all(", ".join(sample.references), sample.references) == 1.0
         assert string_match_all(content(sample), sample.references) == 1.0
@@ -438,98 +411,7 @@ def test_a_perfect_model_scores_1_and_so_does_one_that_repeats_the_prompt(task, 
         assert exact_match(content(sample), sample.references) == 0.0
 
 
-# --- Questions
-
-
-def row(number: int, text: str, task: str = "lookup", **columns) -> dict:
-    question = f"What is the number of ship {number}?"
-    prompt = [{"role": "user", "content": f"{text}\n\n{question}"}]
-    return {"id": f"row{number}", "prompt": prompt, "answer": str(100 + number), "task": task, **columns}
-
-
-SHORT, LONG = (" ".join(["The ship sails from Venice."] * count) for count in (4, 60))
-
-
-def test_rows_go_to_the_smallest_length_that_holds_prompt_and_completion(tokenizer):
-    prompt = row(1, SHORT)["prompt"]
-    exact = len(tokenizer(prompt_text(prompt, "", tokenizer), add_special_tokens=False)["input_ids"]) + 32
-    rows = [row(1, SHORT), row(2, LONG), row(3, SHORT, task="count")]
-    cells = question_samples(rows, [4096, exact], tokenizer)
-    assert {cell: [s.id for s in samples] for cell, samples in cells.items()} == {
-        ("count", exact): ["count-row3"],
-        ("lookup", exact): ["lookup-row1"],
-        ("lookup", 4096): ["lookup-row2"],
-    }
-    (sample,) = cells["lookup", exact]
-    assert sample.num_tokens == exact - 32 and sample.references == ("101",) and sample.max_new_tokens == 32
-    assert ("lookup", exact - 1) not in question_samples(rows, [4096, exact - 1], tokenizer)
-
-
-def test_rows_that_cannot_be_used_are_counted(tokenizer, caplog):
-    rows = [row(1, SHORT), row(2, LONG), row(3, SHORT) | {"answer": "..."}, row(4, SHORT) | {"answer": None}]
-    with caplog.at_level(logging.WARNING):
-        cells = question_samples(rows, [256], tokenizer)
-    assert [s.id for s in cells["lookup", 256]] == ["lookup-row1"]
-    assert re.search(r"prompt_too_long\s+1 ", caplog.text) and re.search(r"no_answer\s+2 ", caplog.text)
-    with pytest.raises(ValueError, match="Of 1 rows none is left: {'prompt_too_long': 1}"):
-        question_samples(rows[1:2], [256], tokenizer)
-    with pytest.raises(ValueError, match="`lengths` is empty"):
-        question_samples(rows, [], tokenizer)
-    with pytest.raises(ValueError, match=r"has no \['answer'\]"):
-        question_samples([{"id": "a", "prompt": []}], [256], tokenizer)
-
-
-def test_questions_of_one_document_stand_together_and_share_it(tokenizer):
-    rows = [row(number, SHORT if number % 2 else LONG, document_sha256=f"doc{number % 2}") for number in range(6)]
-    (samples,) = question_samples(rows, [4096], tokenizer).values()
-    assert [sample.shared_with for sample in samples] == ["doc0"] * 3 + ["doc1"] * 3
-    assert len({sample.id for sample in samples}) == 6
-    by_text = [row(number, SHORT, document=SHORT) for number in range(2)]
-    (samples,) = question_samples(by_text, [4096], tokenizer).values()
-    assert samples[0].shared_with == samples[1].shared_with is not None
-
-
-def test_questions_before_their_document_share_nothing(tokenizer):
-    rows = [row(number, SHORT, document_sha256="doc") for number in range(2)]
-    for number, made in enumerate(rows):
-        made["prompt"] = [{"role": "user", "content": f"{number}: which ship sails? {SHORT}"}]
-    (samples,) = question_samples(rows, [4096], tokenizer).values()
-    assert [sample.shared_with for sample in samples] == [None, None]
-
-
-def test_the_rows_of_a_cell_are_chosen_by_id_whatever_their_order(tokenizer):
-    rows = [row(number, SHORT) for number in range(20)]
-    chosen = [
-        {sample.id for sample in question_samples(some, [4096], tokenizer, num_samples=5)["lookup", 4096]}
-        for some in (rows, rows[::-1])
-    ]
-    assert chosen[0] == chosen[1] and len(chosen[0]) == 5
-    assert chosen[0] != {f"lookup-row{number}" for number in range(5)}
-
-
-def test_rows_with_one_id_or_without_a_task_or_with_several_answers_are_samples_too(tokenizer):
-    rows = [row(1, SHORT) | {"answer": ["a", "", "b"]}, row(1, SHORT)]
-    for made in rows:
-        del made["task"]
-    samples = question_samples(rows, [4096], tokenizer)["questions", 4096]
-    assert [sample.id for sample in samples] == ["questions-row1", "questions-row1-2"]
-    assert [sample.references for sample in samples] == [("a", "b"), ("101",)]
-
-
-# --- Training data
-
-
-def test_a_piece_of_the_training_data_in_a_prompt_is_found(tokenizer, words_tokenizer):
-    samples = make_samples("niah_single_2", LENGTH, 3, words_tokenizer, haystack=TEXT)
-    words = content(samples[1]).split()
-    piece = " ".join(words[40:53])
-    training = [{"prompt": [{"role": "user", "content": f"Say: {piece.upper()}!"}], "answer": "yes"}, "nothing else"]
-    assert (samples[1].id, " ".join(tokenize(piece))) in shared_ngrams(samples, training)
-    assert shared_ngrams(samples, [" ".join(words[40:52])]) == []
-    assert shared_ngrams(samples, [" ".join(words[40:52])], n=12) != []
-
-
 def test_ruler_tasks_share_nothing_with_rows_of_another_text(words_tokenizer):
     samples = [s for task in RULER_TASKS for s in make_samples(task, LENGTH, 1, words_tokenizer)]
-    assert shared_ngrams(samples, [row(1, LONG)]) == []
+    assert shared_ngrams(samples, ["The ship sails from Venice. " * 60 + "What is the number of ship 1?"]) == []
     assert {sample_id for sample_id, _ in shared_ngrams(samples, [NOISE_LINE])} >= {"niah_single_1-1024-0-0"}
