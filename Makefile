@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		--editable '.[cluster,deepspeed,demo,dev,eval,longblocks,wandb]'
 	@touch $(INSTALLED)
 
-demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, report
+demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, comparison
 	@$(BIN)/python scripts/demo.py
 
 reproduce: $(INSTALLED)  ## Compare the methods of the paper on a small model (SIZE=gpu: on one GPU of 80 GB)

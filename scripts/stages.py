@@ -1,7 +1,7 @@
-"""Commands that make one thing after another: what the demo and the reproduction are made of.
+"""Commands that run one after another: what the demo and the reproduction consist of.
 
 A stage whose outputs are complete for the same command and inputs is skipped, so that a second run costs nothing and
-an interrupted one goes on where it stopped.
+an interrupted one resumes.
 """
 
 import hashlib
@@ -12,16 +12,19 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dgrpo_trl import evaluation, longblocks
 from dgrpo_trl.files import write_json
 
 
 SCRIPTS = Path(__file__).resolve().parent
+RECIPES = SCRIPTS.parent / "recipes"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -30,15 +33,15 @@ class Stage:
 
     Args:
         name (`str`):
-            Short name, also of its marker file.
+            Its name, also of its marker file; the part before the first `_` is its kind.
         purpose (`str`):
-            What the reader of the log is told.
+            What it does, for the log.
         command (`list[str]`):
-            Command line.
+            Its command line.
         inputs (`list[Path]`):
             Files whose content decides the result.
         outputs (`list[Path]`):
-            Files that exist when it is complete.
+            Files that exist after it.
     """
 
     name: str
@@ -53,13 +56,13 @@ def fingerprint(stage: Stage) -> str:
     digest = hashlib.sha256(json.dumps(stage.command).encode())
     for path in stage.inputs:
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def run_stage(stage: Stage, number: str, markers: Path) -> float:
-    """Run a stage, or skip it if its marker has the same fingerprint and its outputs are there.
+    """Runs a stage, or skips it if its marker has the same fingerprint and its outputs exist.
 
     Returns:
         `float`: seconds that the stage took, now or when it ran.
@@ -72,7 +75,7 @@ def run_stage(stage: Stage, number: str, markers: Path) -> float:
     if marker.exists() and all(path.exists() for path in stage.outputs):
         content = json.loads(marker.read_text(encoding="utf-8"))
         if content["fingerprint"] == found:
-            print(f"[{number}] {stage.name}: done before in {content['seconds']:.0f} s, skipped", flush=True)
+            print(f"[{number}] {stage.name}: complete, skipped; it took {content['seconds']:.0f} s", flush=True)
             return content["seconds"]
     marker.unlink(missing_ok=True)
     print(f"\n[{number}] {stage.name}: {stage.purpose}\n$ {shlex.join(stage.command)}", flush=True)
@@ -87,14 +90,14 @@ def run_stage(stage: Stage, number: str, markers: Path) -> float:
         raise SystemExit(status)
     missing = [str(path) for path in stage.outputs if not path.exists()]
     if missing:
-        raise SystemExit(f"[{number}] {stage.name} left no {', '.join(missing)}")
+        raise SystemExit(f"[{number}] {stage.name} did not write {', '.join(missing)}")
     write_json(marker, {"fingerprint": found, "seconds": seconds})
     print(f"[{number}] {stage.name}: {seconds:.0f} s; largest process so far {peak_gib():.1f} GiB", flush=True)
     return seconds
 
 
 def run_stages(stages: Sequence[Stage], output_dir: Path) -> dict[str, float]:
-    """Run stages in order; what is complete is remembered in `output_dir/stages`.
+    """Runs stages in order; markers of the complete ones are in `output_dir/stages`.
 
     Returns:
         `dict[str, float]`: seconds of each stage, now or when it ran.
@@ -104,11 +107,17 @@ def run_stages(stages: Sequence[Stage], output_dir: Path) -> dict[str, float]:
     """
     markers = output_dir / "stages"
     markers.mkdir(parents=True, exist_ok=True)
-    return {stage.name: run_stage(stage, f"{i}/{len(stages)}", markers) for i, stage in enumerate(stages, start=1)}
+    seconds = {stage.name: run_stage(stage, f"{i}/{len(stages)}", markers) for i, stage in enumerate(stages, start=1)}
+    print()
+    for kind in dict.fromkeys(name.partition("_")[0] for name in seconds):
+        total = sum(value for name, value in seconds.items() if name.partition("_")[0] == kind)
+        print(f"{kind}: {total / 60:.1f} minutes")
+    print(f"all: {sum(seconds.values()) / 60:.1f} minutes; largest process of this run {peak_gib():.1f} GiB")
+    return seconds
 
 
 def peak_gib() -> float:
-    """Peak resident memory of the largest process that a stage of this run has started."""
+    """Peak resident memory of the largest process that this run has started."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
@@ -118,3 +127,119 @@ def has_bf16_instructions() -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@dataclass(frozen=True)
+class Project:
+    """The stages of a folder: models in `<name>/`, questions in `data/<name>.jsonl`.
+
+    Args:
+        output_dir (`Path`):
+            The folder.
+        bf16 (`bool`):
+            Whether to compute in bfloat16.
+        accelerate (`str`, *optional*, defaults to `"cpu"`):
+            A file of `recipes/accelerate_configs`.
+    """
+
+    output_dir: Path
+    bf16: bool
+    accelerate: str = "cpu"
+
+    def rows(self, name: str) -> Path:
+        return self.output_dir / "data" / f"{name}.jsonl"
+
+    def _state(self, model: str) -> Path:
+        """A file that changes with the model."""
+        return self.output_dir / model / ("complete.json" if model == "model" else WEIGHTS)
+
+    def prepare(self, script: str, recipes: str, rows: Sequence[str], flags: Sequence[str]) -> Stage:
+        """Downloads and converts the model, builds the questions `recipes/longblocks/<recipes>`."""
+        return Stage(
+            name="prepare",
+            purpose="download and convert the model, write the questions",
+            command=[sys.executable, str(SCRIPTS / script), "--output_dir", str(self.output_dir), *flags],
+            inputs=[
+                SCRIPTS / script,
+                SCRIPTS / "prepare_demo.py",
+                *sorted((RECIPES / "longblocks").glob(recipes)),
+                *_code(longblocks),
+            ],
+            outputs=[self.output_dir / "model" / WEIGHTS, self._state("model"), *map(self.rows, rows)],
+        )
+
+    def train(
+        self,
+        name: str,
+        purpose: str,
+        recipe: Path,
+        *,
+        start: str,
+        rows: str,
+        seed: int,
+        teacher: str | None = None,
+        flags: Sequence[str] = (),
+    ) -> Stage:
+        """Trains the model `name` from the model `start`, by a recipe of `sft/` or of another method."""
+        out = self.output_dir
+        script = "train_sft.py" if recipe.parent.name == "sft" else "train_dgrpo.py"
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(RECIPES / "accelerate_configs" / f"{self.accelerate}.yaml")),
+            *(str(SCRIPTS / script), "--config", str(recipe), "--output_dir", str(out / name)),
+            *("--model_name_or_path", str(out / start), "--dataset_name", str(self.rows(rows))),
+            *(() if teacher is None else ("--teacher_model_name_or_path", str(out / teacher))),
+            *(*flags, "--seed", str(seed), "--bf16", str(self.bf16).lower()),
+        ]
+        models = [start] if teacher is None else [start, teacher]
+        return Stage(
+            name=f"train_{name}",
+            purpose=purpose,
+            command=command,
+            inputs=[recipe, self.rows(rows), *map(self._state, models)],
+            outputs=[out / name / WEIGHTS, out / name / "trainer_state.json"],
+        )
+
+    def evaluate(self, name: str, model: str, rows: str, results: Path, flags: Sequence[str] = ()) -> Stage:
+        """Asks a model the questions `rows`."""
+        command = [
+            *(sys.executable, str(SCRIPTS / "evaluate.py"), "--model_name_or_path", str(self.output_dir / model)),
+            *("--questions", str(self.rows(rows)), "--num_samples", "1000", "--max_new_tokens", "16", *flags),
+            *("--dtype", "bfloat16" if self.bf16 else "float32"),
+            *("--output_dir", str(results), "--overwrite", "true"),
+        ]
+        return Stage(
+            name=f"evaluate_{name}",
+            purpose=f"answers of {name} to the {rows} questions",
+            command=command,
+            inputs=[self.rows(rows), self._state(model)],
+            outputs=[results / "results.json"],
+        )
+
+    def compare(
+        self,
+        name: str,
+        title: str,
+        groups: Mapping[str, Sequence[Path]],
+        logs: Mapping[str, Sequence[Path]],
+        output_dir: Path,
+        flags: Sequence[str] = (),
+    ) -> Stage:
+        """Writes the page of evaluations (`groups`) and trainings (`logs`), both by label, one folder per seed."""
+        command = [sys.executable, str(SCRIPTS / "compare.py"), "--title", title, "--output_dir", str(output_dir)]
+        inputs = [path / "results.json" for paths in groups.values() for path in paths]
+        inputs += [path / "trainer_state.json" for paths in logs.values() for path in paths]
+        for flag, folders in (("--groups", groups), ("--logs", logs)):
+            if folders:
+                command += [flag, *(f"{label}={','.join(map(str, paths))}" for label, paths in folders.items())]
+        return Stage(
+            name=f"compare_{name}",
+            purpose=f"tables and page: {title}",
+            command=[*command, *flags],
+            inputs=[*inputs, *_code(evaluation)],
+            outputs=[output_dir / "comparison.json", output_dir / "comparison.html"],
+        )
+
+
+def _code(package) -> list[Path]:
+    return sorted(Path(package.__file__).parent.rglob("*.py"))

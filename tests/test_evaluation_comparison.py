@@ -16,12 +16,13 @@ from trl import TrlParser
 
 from dgrpo_trl.cli import compare
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
-from dgrpo_trl.evaluation.results import Run, read_run
+from dgrpo_trl.evaluation.results import Run, read_run, results_table
 
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+from dgrpo_trl.evaluation.compare.page import write_comparison  # noqa: E402
 from dgrpo_trl.evaluation.compare.statistics import compare_runs, evaluation_command  # noqa: E402
 from dgrpo_trl.evaluation.compare.training import (  # noqa: E402
     area_under_curve,
@@ -363,6 +364,34 @@ def test_training_is_read_from_the_newest_checkpoint_and_from_evaluated_checkpoi
     assert curves["reward"] == [(1, 0.1), (2, 0.2)] and curves["accuracy"] == [(9, 7 / 8), (10, 1.0)]
     with pytest.raises(FileNotFoundError, match="has no curve"):
         read_training(tmp_path)
+
+
+def test_the_page_and_the_table_of_a_run_give_the_share_of_all_questions(save, tmp_path):
+    """A cell of 5 questions and one of 33 do not count alike, whichever text shows their mean."""
+    scores = {("lookup", 128): [1] * 5, ("two_hop", 128): [0] * 23 + [1] * 10, ("lookup", 256): [1, 0, 0, 0]}
+    run = read_run(save("demo", scores))
+    write_comparison(tmp_path, compare_runs({"demo": [run]}, num_resamples=200))
+    row = next(line for line in (tmp_path / "comparison.md").read_text().splitlines() if line.startswith("| demo |"))
+    cells = [cell.split(" (")[0] for cell in row.strip("| ").split(" | ")]
+    assert cells == ["demo", "38.1", "39.5", "25.0"]  # 16 of 42, 15 of 38, 1 of 4; over cells it would be 51.8, 65.2
+    assert "| mean | 39.5 |  |" in results_table({**run.results, "harness": {}})
+
+
+def test_figures_of_few_samples_have_neither_mark_nor_color(save, tmp_path):
+    groups = {
+        name: [read_run(save(name, {("vt", 512): [score] * 20, ("vt", 1024): [score] * 19}))]
+        for name, score in (("low", 0.25), ("high", 0.75))
+    }
+    found = compare_runs(groups, num_resamples=50)
+    assert all(entry["excludes_zero"] for entry in found["differences"])
+    page = write_comparison(tmp_path, found).read_text()
+    assert (
+        "| high | **▲ +50.0** (+50.0 to +50.0) | **▲ +50.0** (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
+        in (tmp_path / "comparison.md").read_text()
+    )
+    heat = re.search(r'<table id="heat-1".*?</table>', page)[0]
+    assert re.findall(r"<td.*?</td>", heat) == ['<td style="--share: 0.750">75</td>', "<td>75</td>"]
+    assert any("fewer than 20 samples have no mark and no color" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(

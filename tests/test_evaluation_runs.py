@@ -1,6 +1,5 @@
 """A run: what it refuses, how it resumes, what it writes; the command from end to end with a tiny model."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from trl import TrlParser
 
+from dgrpo_trl.cli.evaluate import main
 from dgrpo_trl.evaluation import runs
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.evaluation.results import results_table, score_cell
@@ -319,20 +318,14 @@ def test_the_mean_of_a_length_is_over_samples_and_needs_all_tasks():
     assert "| mean | 87.5 |  |" in table  # 7 of 8; over cells it would be 75.0
 
 
-def run_command(*flags):
-    spec = importlib.util.spec_from_file_location("evaluate", Path(__file__).parent.parent / "scripts" / "evaluate.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.main(*TrlParser((EvaluationArguments,)).parse_args_and_config(list(flags)))
-
-
 def test_the_command_writes_json_table_and_heat_map(saved_model, questions, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     config, out = tmp_path / "eval.yaml", tmp_path / "run"
-    config.write_text(f"tasks: [niah_single_1, cwe]\nlengths: [2048, 2560]\nnum_samples: 2\nquestions: {questions}\n")
-    run_command(
-        "--config", str(config), "--model_name_or_path", saved_model, "--output_dir", str(out), "--max_new_tokens", "4"
+    config.write_text(
+        f"tasks: [niah_single_1, cwe]\nlengths: [2048, 2560]\nnum_samples: 2\nmax_new_tokens: 4\n"
+        f"questions: {questions}\n"
     )
+    main(["--config", str(config), "--model_name_or_path", saved_model, "--output_dir", str(out)])
     results = json.loads((out / "results.json").read_text())
     assert {key: results[key] for key in ("format", "name", "model", "revision", "seed")} == {
         **{"format": 1, "name": "run", "model": saved_model, "revision": None, "seed": 0}
@@ -356,9 +349,7 @@ def test_an_unknown_key_is_an_error(saved_model, tmp_path):
     config = tmp_path / "eval.yaml"
     config.write_text("tasks: [vt]\nlength: [2048]\n")
     with pytest.raises(ValueError, match="length"):
-        run_command(
-            "--config", str(config), "--model_name_or_path", saved_model, "--output_dir", str(tmp_path / "run")
-        )
+        main(["--config", str(config), "--model_name_or_path", saved_model, "--output_dir", str(tmp_path / "run")])
 
 
 def test_vllm_gets_the_samples_and_the_longest_length(arguments, monkeypatch):

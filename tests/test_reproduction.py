@@ -1,4 +1,4 @@
-"""The comparison of methods: equal conditions, stages that fit each other, and that are skipped when complete."""
+"""The demo and the comparison of methods: equal conditions, and stages that fit each other and run once."""
 
 import json
 import sys
@@ -83,17 +83,33 @@ def test_short_questions_have_certain_answers():
     assert prepare_reproduction.short_rows(seed=1) != rows
 
 
+def assert_fit_each_other(stages, folder):
+    """Each stage reads only what an earlier one writes, or what is in the repository."""
+    assert len({stage.name for stage in stages}) == len(stages)
+    written = set()
+    for stage in stages:
+        for path in stage.inputs:
+            assert path in written if path.is_relative_to(folder) else path.exists(), (stage.name, path)
+        written.update(stage.outputs)
+
+
+def test_the_stages_of_the_demo_fit_each_other_and_end_with_its_comparison(tmp_path):
+    import demo
+
+    stages = demo.make_stages(tmp_path, seed=0, bf16=False)
+    assert_fit_each_other(stages, tmp_path)
+    assert stages[-1].outputs[-1] == tmp_path / "comparison" / "comparison.html"
+    assert [stage.name for stage in stages if stage.name.startswith("train_")] == ["train_sft", "train_dgrpo"]
+    command = " ".join(stages[-1].command)
+    assert all(f"{label}={tmp_path}/eval_{name}" in command for name, label in demo.MODELS.items())
+
+
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
-def test_a_stage_reads_only_what_an_earlier_one_makes(size, tmp_path):
+def test_the_stages_of_the_comparison_fit_each_other(size, tmp_path):
     import reproduce
 
     stages = reproduce.Comparison(size, tmp_path, seeds=3, ablation_seeds=1, bf16=True).stages()
-    assert len({stage.name for stage in stages}) == len(stages)
-    made = set()
-    for stage in stages:
-        for path in stage.inputs:
-            assert path in made if path.is_relative_to(tmp_path) else path.exists(), (stage.name, path)
-        made.update(stage.outputs)
+    assert_fit_each_other(stages, tmp_path)
     trained = [stage for stage in stages if stage.name.startswith("train_")]
     assert len(trained) == 2 + 3 * len(reproduce.METHODS) + len(reproduce.ABLATIONS)
     for stage in trained:
@@ -124,13 +140,13 @@ def test_a_stage_runs_once_for_the_same_inputs(tmp_path):
     assert (tmp_path / "out").read_text() == "b"
 
 
-def test_a_stage_that_fails_or_leaves_nothing_ends_the_run(tmp_path):
+def test_a_stage_that_fails_or_writes_nothing_ends_the_run(tmp_path):
     from stages import run_stages
 
     with pytest.raises(SystemExit) as ended:
         run_stages([stage(tmp_path, "raise SystemExit(7)")], tmp_path)
     assert ended.value.code == 7
-    with pytest.raises(SystemExit, match="left no .*out"):
+    with pytest.raises(SystemExit, match="did not write .*out"):
         run_stages([stage(tmp_path, "pass")], tmp_path)
     assert not list((tmp_path / "stages").glob("*.json"))
 
