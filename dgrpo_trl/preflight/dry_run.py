@@ -118,9 +118,13 @@ class Preflight:
         self.report.problems += findings.problems
         self.report.warnings += findings.warnings
         steps = self._rollout_batches()
-        lengths = self._prompt_lengths("prompt", "the student")
-        has_own = models.teacher is not None and args.teacher_prompt_column in self.dataset.column_names
-        teacher_lengths = self._prompt_lengths(args.teacher_prompt_column, "the teacher") if has_own else lengths
+        own = args.teacher_prompt_column
+        if models.teacher is None or own is None or own not in self.dataset.column_names:
+            reader = "the student" if models.teacher is None else "the student and the teacher"
+            lengths = teacher_lengths = self._prompt_lengths("prompt", reader)
+        else:
+            lengths = self._prompt_lengths("prompt", "the student")
+            teacher_lengths = self._prompt_lengths(own, "the teacher")
         self._positions()
         completion = args.max_completion_length or 0
         epoch_tokens = (statistics.mean(lengths) + args.num_generations * completion) * len(self.dataset)
