@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..chat import num_prompt_tokens, num_row_tokens
-from ..checks import run_findings, supervised_problems
+from ..checks import image_problems, run_findings, supervised_problems
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..models import Models, read_models
@@ -114,8 +114,9 @@ class Preflight:
 
     def rollouts(self) -> None:
         args, models = self.args, self.models
-        findings = run_findings(args, models, {"train_dataset": self.dataset}, self.engine.num_processes)
-        self.report.problems += findings.problems
+        datasets = {"train_dataset": self.dataset}
+        findings = run_findings(args, models, datasets, self.engine.num_processes)
+        self.report.problems += [*(image_problems(datasets) if models.teacher else ()), *findings.problems]
         self.report.warnings += findings.warnings
         steps = self._rollout_batches()
         own = args.teacher_prompt_column
