@@ -29,10 +29,10 @@ test: $(INSTALLED)  ## Run the tests (the slow ones: `.venv/bin/python -m pytest
 	@echo "== Running the tests"
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-lint: $(INSTALLED)  ## Check style
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(INSTALLED)  ## Check style and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-format: $(INSTALLED)  ## Mend style
+format: $(INSTALLED)  ## Fix style
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## Measure time and memory of the loss and of the shared prefix

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from dgrpo_trl import longblocks
-from dgrpo_trl.evaluation import generate_completions
+from dgrpo_trl.evaluation.generation import generate_completions
 from dgrpo_trl.files import check_sha256, sha256_of
 from dgrpo_trl.longblocks import BuildConfig, Builder, load_config, load_longblocks
 from dgrpo_trl.longblocks.sources.files import fetch_from_pypi

@@ -1,9 +1,13 @@
 """How every command reads its arguments: files, flags, nested keys, and what it rejects."""
 
+import functools
+import io
 import os
 import runpy
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import yaml
@@ -103,11 +107,18 @@ def test_the_keys_of_a_configuration_are_flags(tmp_path):
 COMMANDS = [path for path in sorted((ROOT / "scripts").rglob("*.py")) if "__main__" in path.read_text()]
 
 
+@functools.cache
+def help_of(path):
+    """What `python PATH --help` prints, without another process."""
+    shown = io.StringIO()
+    with redirect_stdout(shown), mock.patch.object(sys, "argv", [str(path), "--help"]):
+        with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):  # as Python does for a script
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    return shown.getvalue()
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_every_script_shows_its_help(path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(path.parent))  # as Python does for a script
-    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(path), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0 and f"usage: {path.name}" in shown and "--help" in shown
+def test_every_script_shows_its_help(path):
+    assert f"usage: {path.name}" in help_of(path) and "--help" in help_of(path)

@@ -1,10 +1,9 @@
-"""Every YAML is parsed by the parser that will read it, and every file that a command of the README names exists."""
+"""Every YAML is parsed by the parser that will read it, and holds what its header and its name say."""
 
 import functools
 import itertools
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ BUILDS = [path for path in RECIPES if path.parent.name == "longblocks"]
 ACCELERATE = [path for path in RECIPES if path.parent.name == "accelerate_configs"]
 EVALUATIONS = [path for path in RECIPES if path.parent.name == "eval"]
 CONFIGS = sorted({*RECIPES} - {*BUILDS, *ACCELERATE, *EVALUATIONS})
-READMES = [ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")]
 
 
 def parse_training(method, *arguments):
@@ -186,42 +184,6 @@ def test_reward_functions_are_found_by_name_or_path():
     for name in ("exactly", "no_module.reward"):
         with pytest.raises(ValueError, match=f"no reward function '{name}'.*exact_match_reward"):
             train_dgrpo.load_reward_func(name)
-
-
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_files_that_a_readme_names_exist(readme):
-    named = re.findall(r"(?:scripts|recipes|tests|dgrpo_trl)/[\w./-]*\w(?:\.\w+)", readme.read_text())
-    assert named
-    for name in named:
-        assert (ROOT / name).exists(), name
-
-
-def commands(readme):
-    """Commands in the code blocks of a README, as lists of words; those with a placeholder are no commands."""
-    for block in re.findall(r"^ *```bash\n(.*?)^ *```", readme.read_text(), re.M | re.S):
-        for line in re.sub(r"\\\n\s*", "", block).splitlines():
-            if "..." not in line and (words := shlex.split(line, comments=True)):
-                yield words
-
-
-TRAINING = [
-    (f"{readme.relative_to(ROOT)}-{i}", words)
-    for readme in READMES
-    for i, words in enumerate(commands(readme))
-    if any("train_" in word and word.endswith(".py") for word in words)
-]
-
-
-@pytest.mark.parametrize(("name", "words"), TRAINING, ids=[name for name, _ in TRAINING])
-def test_a_training_command_of_a_readme_is_read_by_the_script_that_it_names(name, words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    if words[0] == "sbatch":  # script and recipe are the words after the job's
-        words = [*words[: words.index("recipes/slurm/train.sbatch") + 2], "--config", words[-1]]
-    place = next(i for i, word in enumerate(words) if re.fullmatch(r"scripts/train_\w+\.py", word))
-    method = Path(words[place]).stem.removeprefix("train_")
-    parse_training(method, *words[place + 1 :])
-    if "--config_file" in words:
-        assert load_config_from_file(words[words.index("--config_file") + 1])
 
 
 def test_vllm_may_serve_from_a_place_of_its_own():
