@@ -77,17 +77,18 @@ def run_findings(
             problems += dataset_problems(dataset, name)
     if "train_dataset" in datasets:
         problems += batch_problems(args, datasets["train_dataset"], num_processes)
-    for name, config in (("the student", models.student), ("the teacher", models.teacher)):
+    other_teacher = None if models.teacher is models.student else models.teacher
+    for name, config in (("the student", models.student), ("the teacher", other_teacher)):
         if config is not None and args.shared_prefix == "on":
             problems += sharing_problems(unsupported_reason(config), name)
-    if models.teacher is not None and models.teacher is not models.student:
+    if other_teacher is not None:
         problems += vocabulary_problems(
             models.tokenizer.get_vocab(),
             models.teacher_vocab,
             models.student.get_text_config().vocab_size,
-            models.teacher.get_text_config().vocab_size,
+            other_teacher.get_text_config().vocab_size,
         )
-        warnings += teacher_scaling_warnings(models.student, models.teacher)
+        warnings += teacher_scaling_warnings(models.student, other_teacher)
         if models.teacher_vocab is None:
             warnings.append("The loaded teacher has no tokenizer: its token ids are taken to be the student's.")
     if args.use_vllm:
@@ -166,12 +167,14 @@ class _Reader:
 
 
 def _readers(args: DGRPOConfig, models: Models, dataset: Dataset) -> list[_Reader]:
-    readers = []
+    """Those with a limit; student and teacher are one if they read the same prompts and have the same positions."""
+    names: dict[tuple[str, int], list[str]] = {}
     for name, positions in models.positions().items():
         own = args.teacher_prompt_column if name == "the teacher" else None
         column = own if own is not None and own in dataset.column_names else "prompt"
         if positions is not None:
-            readers.append(_Reader(name, column, positions))
+            names.setdefault((column, positions), []).append(name)
+    readers = [_Reader(" and ".join(both), column, positions) for (column, positions), both in names.items()]
     if args.use_vllm and args.vllm_max_model_length is not None:
         readers.append(_Reader("vLLM", "prompt", args.vllm_max_model_length, is_model=False))
     return readers

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..chat import num_prompt_tokens, num_row_tokens
-from ..checks import run_findings, supervised_problems
+from ..checks import image_problems, run_findings, supervised_problems
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..models import Models, read_models
@@ -114,13 +114,18 @@ class Preflight:
 
     def rollouts(self) -> None:
         args, models = self.args, self.models
-        findings = run_findings(args, models, {"train_dataset": self.dataset}, self.engine.num_processes)
-        self.report.problems += findings.problems
+        datasets = {"train_dataset": self.dataset}
+        findings = run_findings(args, models, datasets, self.engine.num_processes)
+        self.report.problems += [*(image_problems(datasets) if models.teacher else ()), *findings.problems]
         self.report.warnings += findings.warnings
         steps = self._rollout_batches()
-        lengths = self._prompt_lengths("prompt", "the student")
-        has_own = models.teacher is not None and args.teacher_prompt_column in self.dataset.column_names
-        teacher_lengths = self._prompt_lengths(args.teacher_prompt_column, "the teacher") if has_own else lengths
+        own = args.teacher_prompt_column
+        if models.teacher is None or own is None or own not in self.dataset.column_names:
+            reader = "the student" if models.teacher is None else "the student and the teacher"
+            lengths = teacher_lengths = self._prompt_lengths("prompt", reader)
+        else:
+            lengths = self._prompt_lengths("prompt", "the student")
+            teacher_lengths = self._prompt_lengths(own, "the teacher")
         self._positions()
         completion = args.max_completion_length or 0
         epoch_tokens = (statistics.mean(lengths) + args.num_generations * completion) * len(self.dataset)
