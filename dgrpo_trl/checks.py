@@ -101,7 +101,7 @@ def run_findings(
     for dataset in datasets.values():
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             for reader in _readers(args, models, dataset):
-                problems += prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
+                problems += _prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
     return findings
 
 
@@ -180,23 +180,12 @@ def _readers(args: DGRPOConfig, models: Models, dataset: Dataset) -> list[_Reade
     return readers
 
 
-def prompt_length_problems(
-    dataset: Dataset,
-    reader: _Reader,
-    count_tokens: Callable[[Prompt], int],
-    max_completion_length: int,
+def _prompt_length_problems(
+    dataset: Dataset, reader: _Reader, count_tokens: Callable[[Prompt], int], max_completion_length: int
 ) -> list[str]:
     """A problem if prompts, each with the longest completion, have more tokens than `reader` takes.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows to check. Where a row has nothing in the reader's column, its `prompt` is read.
-        reader ([`_Reader`]):
-            Who reads them.
-        count_tokens (`Callable`):
-            Maps a prompt to its length in tokens.
-        max_completion_length (`int`):
-            Longest completion, in tokens.
+    Where a row has nothing in the reader's column, its `prompt` is read.
     """
     budget = reader.max_tokens - max_completion_length
     prompts = dataset[reader.column]
@@ -222,18 +211,9 @@ def prompt_length_problems(
 
 
 def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> list[str]:
-    """A problem if rows for SFT, prompt and completion, have more tokens than the student has positions.
-
-    Args:
-        args ([`~trl.SFTConfig`]):
-            The run. No row is longer than its `max_length`.
-        models ([`Models`]):
-            The student.
-        dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and `completion`.
-    """
+    """A problem if rows for SFT, `prompt` and `completion`, have more tokens than the student has positions."""
     positions = trained_positions(models.student)
-    if positions is None or (args.max_length is not None and args.max_length <= positions):
+    if positions is None or (args.max_length is not None and args.max_length <= positions):  # none is longer
         return []
     prompts, completions = dataset["prompt"], dataset["completion"]
     sizes = [
@@ -251,14 +231,8 @@ def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> li
 def _rows_over(budget: int, sizes: Sequence[int], count_tokens: Callable[[int], int]) -> tuple[str, int] | None:
     """How many rows have more than `budget` tokens, in words, and the length of the longest; `None` if none has.
 
-    Args:
-        budget (`int`):
-            Tokens that a row may have.
-        sizes (`Sequence[int]`):
-            For each row a number of tokens that it cannot exceed: only rows over the budget by this measure are
-            tokenized, and of these the `MAX_ROWS_TOKENIZED` longest.
-        count_tokens (`Callable[[int], int]`):
-            Maps the index of a row to its length in tokens.
+    `sizes` are numbers of tokens that the rows cannot exceed: only rows over the budget by this measure are tokenized,
+    and of these the `MAX_ROWS_TOKENIZED` longest. `count_tokens` maps the index of a row to its length.
     """
     candidates = sorted((i for i, size in enumerate(sizes) if size > budget), key=lambda i: sizes[i])
     lengths = [count_tokens(i) for i in candidates[-MAX_ROWS_TOKENIZED:]]
@@ -272,7 +246,7 @@ def _rows_over(budget: int, sizes: Sequence[int], count_tokens: Callable[[int], 
 def arriving_prompt_problems(
     prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int | None, reader: str
 ) -> list[str]:
-    """[`prompt_length_problems`] of a batch that is about to be read: streams are checked no earlier."""
+    """A problem if a prompt that is about to be read is too long: streams are checked no earlier."""
     longest = max(map(len, prompt_ids)) + max_completion_length
     subject = f"With a completion of {max_completion_length:,} (`max_completion_length`) a prompt of this batch"
     shorten = "Filter out longer rows (`max_prompt_tokens`), lower `max_completion_length`"
@@ -287,21 +261,10 @@ def position_problems(
     shorten: str,
     arguments: str = "`model_init_kwargs` and `teacher_model_init_kwargs`",
 ) -> list[str]:
-    """A problem if `num_tokens` are more than the positions of the model that reads them.
+    """A problem if `num_tokens`, completion included, are more than the `positions` that `reader` was trained on.
 
-    Args:
-        subject (`str`):
-            What has so many tokens.
-        num_tokens (`int`):
-            Tokens, those of a completion included.
-        positions (`int`, *optional*):
-            Those that the model was trained on; `None` for no limit.
-        reader (`str`):
-            Which model.
-        shorten (`str`):
-            What to do to make the texts shorter.
-        arguments (`str`, *optional*):
-            Where to set the positions.
+    The message begins with `subject`, which has these tokens, and says how to `shorten` the text, and in which
+    `arguments` to set more positions.
     """
     if positions is None or num_tokens <= positions:
         return []
@@ -357,14 +320,8 @@ def vocabulary_problems(
 ) -> list[str]:
     """Student and teacher must map the same strings to the same ids, and both heads must cover these ids.
 
-    The sizes of the heads may differ: families pad them differently, and the divergence is taken over the ids that
-    both have.
-
-    Args:
-        student_vocab (`dict[str, int]`), teacher_vocab (`dict[str, int]`, *optional*):
-            Tokens and their ids. A teacher whose tokens are not known is trusted.
-        student_vocab_size (`int`), teacher_vocab_size (`int`):
-            Rows of the two LM heads.
+    A teacher whose tokens are not known is trusted. The numbers of rows of the heads (`..._vocab_size`) may differ:
+    families pad them differently, and the divergence is taken over the ids that both have.
     """
     problems = []
     differing = student_vocab.items() ^ (student_vocab if teacher_vocab is None else teacher_vocab).items()

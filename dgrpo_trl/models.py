@@ -51,15 +51,7 @@ def read_models(
     args: DGRPOConfig | SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Models:
-    """Reads configurations and vocabularies.
-
-    Args:
-        student (`str` or `nn.Module`), teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Hub ids, paths, or loaded models; `"base"` for the student as its own teacher.
-        args ([`DGRPOConfig`] or [`~trl.SFTConfig`]):
-            Revisions, and the positions that the models are given.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
+    """What is known of models that are Hub ids, paths or loaded; the teacher `"base"` is the student itself.
 
     Raises:
         ValueError: If the teacher's configuration or tokenizer cannot be read.
@@ -82,15 +74,9 @@ def read_models(
 
 
 def load_config(name_or_path: str, init_kwargs: dict[str, Any] | None = None, **hub_kwargs: Any) -> PreTrainedConfig:
-    """A model's configuration, with the positions that `from_pretrained` would give it.
+    """A model's configuration, with the positions that `from_pretrained` would give it for these `init_kwargs`.
 
-    Args:
-        name_or_path (`str`):
-            Hub id or path.
-        init_kwargs (`dict[str, Any]`, *optional*):
-            Arguments of `from_pretrained`, of which only `POSITION_ARGUMENTS` are used.
-        hub_kwargs:
-            Where to find it: `revision`, `trust_remote_code`.
+    `hub_kwargs` are `revision` and `trust_remote_code`.
     """
     given = init_kwargs or {}
     changes = {name: given[name] for name in POSITION_ARGUMENTS if given.get(name) is not None}

@@ -3,8 +3,8 @@
 import math
 import random
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -89,18 +89,7 @@ def preflight(
 
 
 class Preflight:
-    """A dry run, which fills its `report`.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The run.
-        models ([`Models`]):
-            Student and teacher.
-        dataset ([`~datasets.Dataset`]):
-            Rows to train on.
-        estimates ([`Estimates`]):
-            Memory and time of the run.
-    """
+    """A dry run, which fills its `report`."""
 
     def __init__(self, args: TrainingArguments, models: Models, dataset: Dataset, estimates: Estimates):
         self.args = args
@@ -130,7 +119,7 @@ class Preflight:
         completion = args.max_completion_length or 0
         epoch_tokens = (statistics.mean(lengths) + args.num_generations * completion) * len(self.dataset)
         reason = "so configured" if args.shared_prefix == "off" else unsupported_reason(models.student)
-        add = self._adder("Batches")
+        add = partial(self.report.add, "Batches")
         add("tokens per epoch", f"{epoch_tokens / 1e6:,.1f} million at most, prompts once")
         add("shared prefix", "on" if reason is None else f"off: {reason}")
         self._rollout_memory(Rows(max(lengths), max(teacher_lengths), completion, reason is None))
@@ -140,18 +129,14 @@ class Preflight:
     def _rollout_batches(self) -> int:
         """Reports the batches, and returns the number of steps."""
         args, num_processes = self.args, self.engine.num_processes
-        group, rows, accumulation = (
-            args.num_generations,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-        )
-        completions = num_processes * rows * accumulation
+        group, rows = args.num_generations, args.per_device_train_batch_size
+        completions = self._rows_per_step()
         steps_per_epoch = len(self.dataset) * group * args.num_iterations / completions
         steps = self._num_steps(steps_per_epoch)
-        add = self._adder("Batches")
+        add = partial(self.report.add, "Batches")
         add(
             "an optimizer step",
-            f"{num_processes} processes x {rows} x {accumulation} = {completions} completions = "
+            f"{num_processes} processes x {rows} x {args.gradient_accumulation_steps} = {completions} completions = "
             f"{completions / group:g} prompts x {group}",
         )
         add(
@@ -167,6 +152,10 @@ class Preflight:
             )
         return steps
 
+    def _rows_per_step(self) -> int:
+        args = self.args
+        return self.engine.num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
     def _num_steps(self, steps_per_epoch: float) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
@@ -179,7 +168,8 @@ class Preflight:
         lengths = sorted(num_prompt_tokens(prompt, tokenizer, kwargs) for prompt in chosen if prompt is not None) or [
             0
         ]
-        self._adder("Lengths in tokens")(
+        self.report.add(
+            "Lengths in tokens",
             f"`{column}`, read by {reader}",
             f"least {lengths[0]:,}, median {lengths[len(lengths) // 2]:,}, "
             f"95 % {lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]:,}, most {lengths[-1]:,} ({sample})",
@@ -187,7 +177,7 @@ class Preflight:
         return lengths
 
     def _positions(self) -> None:
-        add = self._adder("Positions")
+        add = partial(self.report.add, "Positions")
         for name, config in (("the student", self.models.student), ("the teacher", self.models.teacher)):
             if config is None:
                 continue
@@ -203,10 +193,10 @@ class Preflight:
                 self.estimates.training_activations(rows) / GIB
                 for rows in (replace(longest, shares_prefix=False), longest)
             )
-            self._adder(_MEMORY)("activations without sharing", f"{plain:.1f} instead of {shared:.1f}")
+            self.report.add(_MEMORY, "activations without sharing", f"{plain:.1f} instead of {shared:.1f}")
 
     def _memory(self, phases: dict[str, dict[str, float]]) -> None:
-        add, gpu = self._adder(_MEMORY), self.estimates.gpu
+        add, gpu = partial(self.report.add, _MEMORY), self.estimates.gpu
         for phase, items in phases.items():
             in_gib = {name: value / GIB for name, value in items.items() if value > 0}
             self.report.memory_gib[phase] = in_gib
@@ -223,10 +213,7 @@ class Preflight:
 
     def _rollout_time(self, mean: Rows, steps: int) -> None:
         estimates = self.estimates
-        completions = (
-            self.engine.num_processes * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        )
-        prompts = completions / self.args.num_generations
+        prompts = self._rows_per_step() / self.args.num_generations
         work, seconds, decode = {}, {}, estimates.decode_seconds(mean)
         for shares in (True, False):
             per_prompt = estimates.rollout_flops(replace(mean, shares_prefix=shares))
@@ -235,7 +222,9 @@ class Preflight:
         self.report.step_seconds = {"shared": seconds[True], "plain": seconds[False], "decode": decode}
         flops, total = work[mean.shares_prefix], seconds[mean.shares_prefix]
         parts = ", ".join(f"{name} {value / 1e15:,.2f}" for name, value in flops.items())
-        add = self._adder(f"Time, an estimate: {estimates.mfu:.0%} of the peak assumed, at the mean prompt")
+        add = partial(
+            self.report.add, f"Time, an estimate: {estimates.mfu:.0%} of the peak assumed, at the mean prompt"
+        )
         add("10^15 operations of a step", f"{sum(flops.values()) / 1e15:,.2f} = {parts}")
         add(
             "seconds of a step", f"{total:,.1f}, of which {decode:,.1f} decoding, bound by the bandwidth of the memory"
@@ -259,7 +248,8 @@ class Preflight:
         mean = statistics.mean(min(length, max_length) for length in lengths)
         packed = args.max_length if args.packing and args.max_length else None
         num_steps, rows_per_step = self._supervised_batches(mean, packed)
-        self._adder("Lengths in tokens")(
+        self.report.add(
+            "Lengths in tokens",
             "rows, prompt and completion",
             f"median {sorted(lengths)[len(lengths) // 2]:,}, most {max(lengths):,} ({sample})",
         )
@@ -271,12 +261,12 @@ class Preflight:
         """Reports the batches, and returns the number of steps, and of rows of the data set per step."""
         args, num_processes, num_rows = self.args, self.engine.num_processes, len(self.dataset)
         rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        batch = num_processes * rows * accumulation
+        batch = self._rows_per_step()
         num_trained = math.ceil(num_rows * mean / packed) if packed else num_rows
         steps_per_epoch = num_trained / batch
         steps = self._num_steps(steps_per_epoch)
         kind = f"packed rows of {packed:,} tokens" if packed else "rows"
-        add = self._adder("Batches")
+        add = partial(self.report.add, "Batches")
         add("an optimizer step", f"{num_processes} processes x {rows} x {accumulation} = {batch} {kind}")
         add("steps", f"{steps:,}, {steps / steps_per_epoch:.2f} epochs of {num_rows:,} rows")
         add("tokens per epoch", f"{num_rows * mean / 1e6:,.1f} million")
@@ -285,7 +275,7 @@ class Preflight:
     def _supervised_time(self, flops: float, steps: int) -> None:
         seconds = self.estimates.seconds(flops)
         self.report.step_seconds = {"plain": seconds}
-        add = self._adder(f"Time, an estimate: {self.estimates.mfu:.0%} of the peak assumed")
+        add = partial(self.report.add, f"Time, an estimate: {self.estimates.mfu:.0%} of the peak assumed")
         add("10^15 operations of a step", f"{flops / 1e15:,.2f}")
         add("seconds of a step", f"{seconds:,.1f}")
         add("hours of the run", f"{steps * seconds / 3600:,.1f}")
@@ -294,9 +284,6 @@ class Preflight:
         rows, sample = _sample(self.dataset, "prompt", "completion")
         tokenizer = self.models.tokenizer
         return [num_row_tokens(prompt, completion, tokenizer) for prompt, completion in rows] or [0], sample
-
-    def _adder(self, section: str) -> Callable[[str, str], None]:
-        return lambda name, value: self.report.add(section, name, value)
 
 
 def _sample(dataset: Dataset, *columns: str) -> tuple[list, str]:

@@ -56,18 +56,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimates for one run.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The run.
-        shape ([`Shape`]), teacher ([`Shape`], *optional*):
-            Student and teacher.
-        engine ([`Engine`]), gpu ([`Gpu`]):
-            How it is distributed, and over which devices.
-        mfu (`float`):
-            Share of the GPU's peak that training reaches.
-    """
+    """Estimates for a run of a student (`shape`) and perhaps a teacher, on GPUs of whose peak it reaches `mfu`."""
 
     args: TrainingArguments
     shape: Shape
