@@ -53,7 +53,7 @@ class Shape:
     def kept_by_layer(self, width: int) -> int:
         """Bytes per token that one layer keeps for its backward pass, with values of `width` bytes.
 
-        Each of its two norms keeps input and normalised input in float32, and its output. Attention keeps queries and
+        Each of its two norms keeps input and normalized input in float32, and its output. Attention keeps queries and
         keys before and after their norm and their rotation, values and its output; the MLP its four products. A frozen
         layer keeps its input too, for the adapter's gradient.
         """
