@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl import SFTConfig
 
 from .chat import Prompt, max_num_tokens, num_prompt_tokens, num_row_tokens
@@ -300,6 +300,18 @@ def sampler_scaling_problems(student: PreTrainedConfig, stored_student: PreTrain
 
 
 # --- Models
+
+
+def placement_problems(model: PreTrainedModel, name: str) -> list[str]:
+    """A problem if the model called `name`, which is loaded, is spread over devices by its `device_map`."""
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) < 2:
+        return []
+    return [
+        f"The `device_map` of {name} spreads it over {', '.join(devices)}. The loss needs student and teacher on one "
+        "device. Leave `device_map` out, and use all GPUs by `accelerate launch` with a configuration from "
+        "`recipes/accelerate_configs`: ZeRO-3 gives each of them a shard of both models."
+    ]
 
 
 def sharing_problems(unsupported_reason: str | None, name: str) -> list[str]:

@@ -207,7 +207,7 @@ def score(
     is_split = len(parts) > 1 and torch.is_grad_enabled()
     called = _entered_once(model, accelerator) if is_split else model
 
-    def score_part(rows: list[int]) -> CompletionOutput:
+    def score_part(rows: list[int], on_device: Tensor) -> CompletionOutput:
         taught = distillation
         if taught is not None:
             states = taught.hidden_states
@@ -215,7 +215,9 @@ def score(
         with accelerator.autocast():
             return rollouts.select(rows).score(called, sharing.is_on, sharing.backend, taught, with_router)
 
-    outputs = [checkpoint(score_part, rows, use_reentrant=False) if is_split else score_part(rows) for rows in parts]
+    # The repetition draws the same dropout only if an argument lies on the device: its generator alone is put back
+    run_part = functools.partial(checkpoint, score_part, use_reentrant=False) if is_split else score_part
+    outputs = [run_part(rows, rollouts.completion_ids) for rows in parts]
     return _concatenate(outputs, [len(rows) for rows in parts])
 
 

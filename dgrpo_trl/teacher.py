@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .checks import placement_problems, raise_problems
 from .config import DGRPOConfig
 from .losses import LMHead, token_terms
 from .models import BASE_TEACHER, teacher_hub_kwargs, teacher_init_kwargs
@@ -96,17 +97,19 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
     Collective under ZeRO-3, where the weights are partitioned while they are read. Leaves the random state as it was.
 
     Raises:
-        ValueError: If the weights cannot be read.
+        ValueError: If the weights cannot be read, or lie on several devices.
     """
     if isinstance(teacher, str):
         kwargs = {
             "dtype": student.dtype,
             "attn_implementation": student.config._attn_implementation,
+            # "auto", TRL's default on CUDA, would spread it over all GPUs
+            "device_map": str(args.device) if args.device.type == "cuda" else None,
             **teacher_hub_kwargs(args),
             **teacher_init_kwargs(args),
         }
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            kwargs["device_map"] = None  # "auto" would spread each rank's copy over all devices
+            kwargs["device_map"] = None  # each process places its copy, or its shard, by itself
         logger.info(f"Loading the teacher {teacher} with {kwargs}")
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
@@ -117,6 +120,7 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
                 f"The weights of the teacher {teacher!r} cannot be read: {error} Check the path, and that the "
                 "download or the copy is complete."
             ) from error
+    raise_problems(placement_problems(teacher, "the teacher"))
     teacher.requires_grad_(False)
     disable_dropout_in_model(teacher)
     return teacher.eval()

@@ -18,7 +18,14 @@ from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, is_conversational
 
 from .chat import escape_messages
-from .checks import arriving_prompt_problems, image_problems, raise_problems, run_findings, sharing_problems
+from .checks import (
+    arriving_prompt_problems,
+    image_problems,
+    placement_problems,
+    raise_problems,
+    run_findings,
+    sharing_problems,
+)
 from .config import DGRPOConfig
 from .losses import Distillation, aggregate
 from .models import BASE_TEACHER, read_models
@@ -33,7 +40,13 @@ from .run.vllm_server import generate_through_outages, report_losses
 from .scoring import CompletionOutput, DistilledTokens, add_completion_scoring, load_balancing_loss
 from .shared_prefix import PrefixSharing, regroup, share_prefill, unpadded
 from .teacher import Teacher, load_teacher, resolve_teacher
-from .trl_compat import base_model, disable_gradient_checkpointing, forget_loaded_weights, get_config_model_id
+from .trl_compat import (
+    base_model,
+    disable_gradient_checkpointing,
+    forget_loaded_weights,
+    get_config_model_id,
+    keep_to_one_gpu,
+)
 
 
 if TYPE_CHECKING:
@@ -190,6 +203,12 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         for warning in findings.warnings:
             logger.warning(warning)
         findings.raise_for_problems()
+        if args.n_gpu > 1:
+            logger.warning(
+                f"This process sees {args.n_gpu} GPUs and trains on {args.device} alone. To use them all, start it "
+                "with `accelerate launch` and a configuration from `recipes/accelerate_configs`."
+            )
+            keep_to_one_gpu(args, loads_model=isinstance(model, str))
 
         super().__init__(
             model=model,
@@ -207,6 +226,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        raise_problems(placement_problems(base_model(self.model), "the student"))
         self.distill_coef = args.distill_coef
         self._student_forward: _StudentForward | None = None
         self._has_new_rollouts = False

@@ -27,7 +27,7 @@ from trl.trainer.utils import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
 
 __all__ = [
     "ATTRIBUTES",
@@ -43,6 +43,7 @@ __all__ = [
     "forget_loaded_weights",
     "get_config_model_id",
     "is_async_callable",
+    "keep_to_one_gpu",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
@@ -177,6 +178,16 @@ ATTRIBUTES = {
 def forget_loaded_weights(trainer: "GRPOTrainer") -> None:
     """Makes TRL send the student's weights to vLLM before it generates again."""
     trainer._last_loaded_step = -1
+
+
+def keep_to_one_gpu(args: "GRPOConfig", loads_model: bool) -> None:
+    """Makes a process that sees several GPUs train on its first, which `args.device` is.
+
+    Otherwise TRL spreads a model that it loads over all of them, and refuses one that is loaded.
+    """
+    args._n_gpu = 1
+    if loads_model:
+        args.model_init_kwargs = {"device_map": str(args.device), **(args.model_init_kwargs or {})}
 
 
 def base_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
