@@ -162,3 +162,11 @@ def teacher_init_kwargs(args: DGRPOConfig) -> dict[str, Any]:
             "JSON object."
         )
     return given
+
+
+def teacher_dtype(args: DGRPOConfig, student_dtype: Any) -> Any:
+    """The dtype that the teacher is loaded in: the one that is given, else bfloat16 for `bf16`, else the student's.
+
+    The student's weights may be float32 for the optimizer; those of the teacher are not trained.
+    """
+    return teacher_init_kwargs(args).get("dtype") or ("bfloat16" if args.bf16 else student_dtype)

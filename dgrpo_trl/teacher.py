@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .checks import placement_problems, raise_problems
 from .config import DGRPOConfig
 from .losses import LMHead, token_terms
-from .models import BASE_TEACHER, teacher_hub_kwargs, teacher_init_kwargs
+from .models import BASE_TEACHER, teacher_dtype, teacher_hub_kwargs, teacher_init_kwargs
 from .rollouts import Rollouts
 from .scoring import CompletionScoring, add_completion_scoring, lm_head
 from .shared_prefix import PrefixSharing
@@ -92,7 +92,7 @@ def resolve_teacher(
 
 
 def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: PreTrainedModel) -> PreTrainedModel:
-    """The teacher, in eval mode, without gradients, in the student's dtype unless told otherwise.
+    """The teacher, in eval mode, without gradients, in the dtype of [`~models.teacher_dtype`].
 
     Collective under ZeRO-3, where the weights are partitioned while they are read. Leaves the random state as it was.
 
@@ -101,12 +101,12 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
     """
     if isinstance(teacher, str):
         kwargs = {
-            "dtype": student.dtype,
             "attn_implementation": student.config._attn_implementation,
             # "auto", TRL's default on CUDA, would spread it over all GPUs
             "device_map": str(args.device) if args.device.type == "cuda" else None,
             **teacher_hub_kwargs(args),
             **teacher_init_kwargs(args),
+            "dtype": teacher_dtype(args, student.dtype),
         }
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # each process places its copy, or its shard, by itself

@@ -173,6 +173,9 @@ def test_the_teacher_is_sharded_and_may_be_offloaded(models, tokenizer, tmp_path
 
     assert teacher("the student trains") == pytest.approx(2 * number / 8)
     assert teacher("the student trains", engine=Engine("zero2", 8)) == pytest.approx(2 * number)
+    for dtype, size in ((None, 2), ("float32", 4)):  # bfloat16 with `bf16`, whatever the student's weights are
+        options = {"model_init_kwargs": {"dtype": "float32"}, "teacher_model_init_kwargs": {"dtype": dtype}}
+        assert teacher("the student trains", engine=Engine("ddp", 8), **options) == pytest.approx(size * number)
     offloaded = teacher("the student trains", teacher_offload="cpu")
     assert offloaded == pytest.approx(2 * 48 * 320 / 8)  # the LM head stays
     assert teacher("the teacher scores", teacher_offload="cpu") == pytest.approx(2 * number / 8)

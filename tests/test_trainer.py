@@ -315,13 +315,23 @@ def test_the_teachers_lm_head_never_runs_as_a_module(make_trainer, make_model):
     assert not calls
 
 
-def test_the_teacher_is_loaded_in_the_students_dtype_unless_told_otherwise(make_trainer, make_model, saved_teacher):
-    trainer = make_trainer(DGRPOTrainer, make_model().to(torch.bfloat16), teacher_model=saved_teacher)
-    assert trainer.teacher_model.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("student", "options", "expected"),
+    [
+        (torch.float32, {}, torch.float32),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.float32, {"bf16": True}, torch.bfloat16),
+        (torch.float32, {"bf16": True, "teacher_model_init_kwargs": {"dtype": "float32"}}, torch.float32),
+        (torch.float32, {"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, torch.bfloat16),
+    ],
+)
+def test_the_teacher_is_loaded_in_the_dtype_of_the_run(
+    make_trainer, make_model, saved_teacher, student, options, expected
+):
     trainer = make_trainer(
-        DGRPOTrainer, teacher_model_name_or_path=saved_teacher, teacher_model_init_kwargs={"dtype": "bfloat16"}
+        DGRPOTrainer, make_model().to(student), teacher_model_name_or_path=saved_teacher, max_steps=1, **options
     )
-    assert trainer.model.dtype == torch.float32 and trainer.teacher_model.dtype == torch.bfloat16
+    assert trainer.model.dtype == student and trainer.teacher_model.dtype == expected
     trainer.train()
 
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..losses import TILE_TOKENS
-from ..models import BASE_TEACHER, teacher_init_kwargs
+from ..models import BASE_TEACHER, teacher_dtype
 from .engine import Engine
 from .shape import Shape
 
@@ -160,8 +160,8 @@ class Estimates:
     def _teacher_bytes(self, num_parameters: int) -> float:
         if self.args.teacher_model_name_or_path == BASE_TEACHER:
             return 0
-        given = teacher_init_kwargs(self.args).get("dtype") or (self.args.model_init_kwargs or {}).get("dtype")
-        size = 2 if "16" in str(given) or (self.engine.is_deepspeed and self.width == 2) else 4
+        dtype = teacher_dtype(self.args, (self.args.model_init_kwargs or {}).get("dtype"))
+        size = 2 if "16" in str(dtype) or (self.engine.is_deepspeed and self.width == 2) else 4
         return size * num_parameters / self.engine.shards("weights")
 
     def _teacher_states(self, longest: Rows) -> float:
