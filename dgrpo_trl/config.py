@@ -49,8 +49,8 @@ class DGRPOConfig(GRPOConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its `dtype` defaults "
-            "to bfloat16 with `bf16`, else to the student's; its `attn_implementation` to the student's."
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. Its `dtype` "
+            "defaults to bfloat16 with `bf16`, else to the student's; its `attn_implementation` to the student's."
         },
     )
     teacher_prompt_column: str | None = field(

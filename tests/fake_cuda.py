@@ -2,7 +2,7 @@
 
 Within [`fake_cuda`], tensors are made on, and moved to, the device `cuda:0`. Every operator checks, as CUDA does,
 that its tensors are on one device, and then runs on the CPU. So code for a GPU runs with true values, and a mix-up of
-devices raises where it happens. Operators that only CUDA has are in `CUDA_ONLY`, with what they ask of their arguments.
+devices raises where it happens. Operators that only CUDA has are in `CUDA_ONLY`, with what they ask of arguments.
 
 The engine of autograd needs the true device, so [`backward`] walks the graph instead.
 """
