@@ -50,7 +50,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
 
     Args:
         values (`dict[str, Any]`):
-            Changed in place. A mapping that is missing is added.
+            Changed in place. A mapping that is missing, or empty, is added.
         key (`str`):
             Names of the levels, joined by dots, such as `mixing.max_rows`; an item of a list is named by its number,
             as in `sources.0.path`.
@@ -64,9 +64,11 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
     place: Any = values
     try:
         for name in parents:
-            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+            if isinstance(place, dict) and place.get(name) is None:
+                place[name] = {}
+            place = place[int(name) if isinstance(place, list) else name]
         place[int(last) if isinstance(place, list) else last] = value
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f"`{key}` names no value of the configuration: {error}. Write the levels as `section.key`, and an "
             "item of a list by its number, as `sources.0.path`."

@@ -83,6 +83,7 @@ def test_a_recipe_sets_environment_variables(parse, monkeypatch):
         ({}, ["--config", "none.yaml"], "'none.yaml' cannot be read"),
         ("bf16: true\nbf16: false\n", [], "'bf16' is given twice"),
         ("- bf16\n", [], "holds no keys"),
+        ("env: SHIP=7\n", [], "`env` is 'SHIP=7'"),
     ],
 )
 def test_a_wrong_argument_is_rejected_with_its_name(parse, values, arguments, message):
@@ -99,7 +100,9 @@ def test_the_keys_of_a_configuration_are_flags(tmp_path):
     assert command.flags == ["--stages", "a", "b", "--dry_run"]
     (tmp_path / "c.yaml").write_text("a: [{b: 1}]\n")
     assert read_recipe(tmp_path / "c.yaml", {"a.0.b": 2, "c.d": 3}) == {"a": [{"b": 2}], "c": {"d": 3}}
-    for key in ("a.1.b", "a.x", "a.0.b.c"):
+    (tmp_path / "c.yaml").write_text("a:\n")
+    assert read_recipe(tmp_path / "c.yaml", {"a.b": 1}) == {"a": {"b": 1}}
+    for key in ("a.1.b", "a.x", "a.0.b.c", "a.0.b.c.d"):
         with pytest.raises(ValueError, match=f"`{key}` names no value"):
             override({"a": [{"b": 1}]}, key, 2)
 

@@ -114,7 +114,7 @@ def parse_arguments(
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
     known = {item.name: hints[item.name] for kind in dataclass_types for item in fields(kind) if item.init}
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with values of these arguments; flags override it")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, whose keys flags override")
     parser.set_defaults_with_config(**_values_of_file(command, known))
     for name, hint in known.items():
         if _takes(hint, list) and sum(word.partition("=")[0] == f"--{name}" for word in command.flags) > 1:
@@ -130,7 +130,10 @@ def parse_arguments(
 def _values_of_file(command: CommandLine, known: Mapping[str, Any]) -> dict[str, Any]:
     """What the file says, with its overrides; its `env` becomes environment variables, as in TRL."""
     values = {} if command.config is None else read_recipe(command.config)
-    os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+    variables = values.pop("env", {})
+    if not isinstance(variables, dict):
+        raise ValueError(f"`env` is {variables!r}. It names environment variables. Write `NAME: value` below it.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
     for key, value in command.overrides.items():
         name = key.partition(".")[0]
         if name in known and not (_takes(known[name], dict) or isinstance(values.get(name), list)):
