@@ -204,7 +204,7 @@ def test_vocabularies_by_hand():
     assert "ids up to 2, but the LM heads have 3 (student) and 2 (teacher) rows" in problem
 
 
-def test_a_teacher_without_a_tokenizer_is_doubted(tokenizer):
+def test_a_teacher_without_a_tokenizer_is_warned_of(tokenizer):
     findings = find(models(tokenizer, teacher=Qwen3Config(vocab_size=300)), [prompt(1)])
     assert "token ids are taken to be the student's" in findings.warnings[0] and not findings.problems
 

@@ -57,6 +57,11 @@ def test_teacher_init_arguments_may_be_json():
     }
 
 
+def test_teacher_init_arguments_that_are_no_json(make_trainer, saved_teacher, no_weights):
+    with pytest.raises(ValueError, match="`teacher_model_init_kwargs` is 'bfloat16'.*JSON object"):
+        make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_model_init_kwargs="bfloat16")
+
+
 def test_a_plain_grpo_config(make_model):
     from trl import GRPOConfig
 
