@@ -57,7 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ..trainer import DGRPOTrainer  # takes seconds, which `--help` and a dry run do without
 
     trainer = DGRPOTrainer(**run.trainer_arguments, reward_funcs=load_reward_funcs(run.script_args))
-    train_to_the_end(trainer)
-    if run.training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script_args.dataset_name)
-    trainer.end()
+    train_to_the_end(trainer, run.script_args.dataset_name)

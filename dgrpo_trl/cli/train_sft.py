@@ -29,6 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ..sft_trainer import ResumableSFTTrainer  # takes seconds, which `--help` and a dry run do without
 
     trainer = ResumableSFTTrainer(**run.trainer_arguments, processing_class=run.tokenizer)
-    train_to_the_end(trainer)
-    if run.training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script_args.dataset_name)
+    train_to_the_end(trainer, run.script_args.dataset_name)

@@ -31,13 +31,17 @@ def keep_run_id(args: TrainingArguments) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-def train_to_the_end(trainer: Trainer) -> None:
+def train_to_the_end(trainer: Trainer, dataset_name: str | None = None) -> None:
     """Trains, from a checkpoint where the arguments name one, and saves the model and the log to `output_dir`.
+
+    With `push_to_hub` among the arguments, the model goes to the Hub too. Other processes cannot be reached after it.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             With [`~checkpoints.CompleteCheckpoints`] among its bases. `args.resume_from_checkpoint` is what
             [`~checkpoints.resolve_checkpoint`] takes.
+        dataset_name (`str`, *optional*):
+            What the model card names as the data set.
 
     Raises:
         SystemExit: With code 75, if a signal has ended the run; its checkpoint is written.
@@ -54,3 +58,6 @@ def train_to_the_end(trainer: Trainer) -> None:
     stop.exit_if_stopped()
     trainer.save_model(args.output_dir)
     trainer.save_state()  # trainer_state.json, the log that reports are drawn from
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.accelerator.end_training()  # all that `trainer.end` does, which transformers 5.17 does not have
