@@ -228,6 +228,19 @@ def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> li
     return position_problems(subject, longest, positions, "the student", "Lower `max_length`", "`model_init_kwargs`")
 
 
+def packing_warnings(args: SFTConfig) -> list[str]:
+    """A warning if rows are packed for an attention that knows masks alone: exact, but of quadratic memory."""
+    attention = (args.model_init_kwargs or {}).get("attn_implementation") or "sdpa"
+    if not args.packing or args.max_length is None or "flash" in attention:
+        return []
+    gib = args.max_length**2 / 2**30
+    return [
+        f"Rows are packed, and {attention!r} keeps them apart by a mask of {args.max_length:,} x {args.max_length:,} "
+        f"({gib:,.1f} GiB), and computes what it masks too. Set `attn_implementation: flash_attention_2`, with the "
+        "extra `flash`, or `packing: false`."
+    ]
+
+
 def _rows_over(budget: int, sizes: Sequence[int], count_tokens: Callable[[int], int]) -> tuple[str, int] | None:
     """How many rows have more than `budget` tokens, in words, and the length of the longest; `None` if none has.
 

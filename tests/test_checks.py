@@ -14,6 +14,7 @@ import dgrpo_trl.trainer
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer, checks
 from dgrpo_trl.checks import (
     arriving_prompt_problems,
+    packing_warnings,
     raise_problems,
     run_findings,
     supervised_problems,
@@ -169,6 +170,19 @@ def test_a_row_for_sft_may_fill_the_positions(tokenizer):
     assert problem.startswith(f"{num_over} of 100 rows are too long: the longest has {max(lengths)} tokens")
     assert not supervised_problems(args, student, dataset.select(range(lengths.index(64) + 1)))
     assert not supervised_problems(SFTConfig("out", **CPU, max_length=64), student, dataset)
+
+
+def test_packed_rows_are_for_flash_attention():
+    def warnings(attention, **options):
+        kwargs = {"attn_implementation": attention}
+        return packing_warnings(SFTConfig("out", **CPU, model_init_kwargs=kwargs, **options))
+
+    for attention, name in (("sdpa", "sdpa"), ("flex_attention", "flex_attention"), (None, "sdpa")):
+        (warning,) = warnings(attention, packing=True, max_length=32768)
+        assert f"'{name}' keeps them apart by a mask of 32,768 x 32,768 (1.0 GiB)" in warning
+        assert not warnings(attention, packing=False, max_length=32768)
+    for attention in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
+        assert not warnings(attention, packing=True, max_length=32768)
 
 
 # --- Scaled positions

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..chat import num_prompt_tokens, num_row_tokens
-from ..checks import image_problems, run_findings, supervised_problems
+from ..checks import image_problems, packing_warnings, run_findings, supervised_problems
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..models import Models, read_models
@@ -242,6 +242,7 @@ class Preflight:
     def supervised(self) -> None:
         args, models = self.args, self.models
         self.report.problems += supervised_problems(args, models, self.dataset)
+        self.report.warnings += packing_warnings(args)
         lengths, sample = self._row_lengths()
         max_length = args.max_length or max(lengths)
         longest = min(max(lengths), max_length)
