@@ -3,20 +3,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CONSTRAINTS := constraints.txt
+EXTRAS := cluster,deepspeed,demo,dev,eval,longblocks,wandb
+ifneq ($(wildcard .venv/.gpu),)  # `make install-gpu` was run, and every other target keeps to its versions
+CONSTRAINTS := constraints-gpu.txt
+EXTRAS := $(EXTRAS),flash,vllm
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test lint format bench
+.PHONY: help install install-gpu demo reproduce test test-versions lint format bench
 
 help:  ## Show what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(INSTALLED)  ## Set up .venv with the tested versions
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@echo "== Setting up .venv with the versions of constraints.txt (about two minutes, 2 GB)"
+install-gpu:  ## Set up .venv for a node with GPUs, with vLLM and FlashAttention (12 GB)
+	@test -e .venv/.gpu || { $(PYTHON) -m venv .venv && rm -f $(INSTALLED) && touch .venv/.gpu; }
+	@$(MAKE) --no-print-directory install
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@echo "== Setting up .venv with the versions of $(CONSTRAINTS) (minutes, and gigabytes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[cluster,deepspeed,demo,dev,eval,longblocks,wandb]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
+		--editable '.[$(EXTRAS)]'
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, comparison
@@ -28,6 +38,10 @@ reproduce: $(INSTALLED)  ## Compare the methods of the paper on a small model (S
 test: $(INSTALLED)  ## Run the tests (the slow ones: `.venv/bin/python -m pytest -m slow`)
 	@echo "== Running the tests"
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-versions: $(INSTALLED)  ## Run the trainer's tests with the oldest and the newest versions that are allowed
+	@$(BIN)/python .ci/versions.py gpu
+	@$(BIN)/python .ci/versions.py newest
 
 lint: $(INSTALLED)  ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
