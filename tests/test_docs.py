@@ -89,11 +89,11 @@ def test_the_files_that_a_page_names_exist(page):
 
 
 def test_the_targets_and_extras_that_a_page_names_exist():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     extras = metadata("dgrpo_trl").get_all("Provides-Extra")
     for page in PAGES:
         text = page.read_text()
-        for name in re.findall(r"(?:`|^)make (\w+)", text, re.M):
+        for name in re.findall(r"(?:`|^)make ([\w-]+)", text, re.M):
             assert name in targets, f"{page}: make {name}"
         for names in re.findall(r"pip install -e '?\.\[([\w,]+)\]", text):
             assert set(names.split(",")) <= set(extras), f"{page}: {names}"
