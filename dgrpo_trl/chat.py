@@ -31,23 +31,26 @@ def escape_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def escape_messages(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """`messages` with `escape_special_tokens` applied to what others wrote: all roles but the assistant's."""
+    """`messages` with `escape_special_tokens` applied to what others wrote: all roles but the assistant's.
+
+    That is all text of such a message, in parts or not, the name of a tool included.
+    """
     return [
-        message if message["role"] == "assistant" else {**message, "content": _escape_content(message, tokenizer)}
+        message
+        if message["role"] == "assistant"
+        else {key: value if key == "role" else _escape_value(value, tokenizer) for key, value in message.items()}
         for message in messages
     ]
 
 
-def _escape_content(message: dict, tokenizer: PreTrainedTokenizerBase) -> str | list | None:
-    content = message.get("content")
-    if isinstance(content, str):
-        return escape_special_tokens(content, tokenizer)
-    if isinstance(content, list):
-        return [
-            {**part, "text": escape_special_tokens(part["text"], tokenizer)} if part.get("type") == "text" else part
-            for part in content
-        ]
-    return content
+def _escape_value(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if isinstance(value, str):
+        return escape_special_tokens(value, tokenizer)
+    if isinstance(value, list):
+        return [_escape_value(item, tokenizer) for item in value]
+    if isinstance(value, dict):
+        return {key: _escape_value(item, tokenizer) for key, item in value.items()}
+    return value
 
 
 # More than any chat template adds without tools

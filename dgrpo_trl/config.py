@@ -137,7 +137,8 @@ class DGRPOConfig(GRPOConfig):
         default=3,
         metadata={
             "help": "An optimizer step whose loss or gradient is NaN or infinite is skipped, and its rows are "
-            "reported. Training stops after this many consecutive ones."
+            "reported. Training stops after this many consecutive ones. Gradients that overflow in fp16 while the "
+            "scale of the loss is searched for are not among them."
         },
     )
 

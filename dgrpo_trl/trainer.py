@@ -292,12 +292,23 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             self._signature_columns = [*self._signature_columns, self.args.teacher_prompt_column]
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
-        if is_conversational({"prompt": prompts[0]}):
-            prompts = [escape_messages(prompt, self._tokenizer) for prompt in prompts]
-        return super()._tokenize_prompts(prompts)
+        tokenized = self._tokenize(prompts)
+        # Here, not at every turn: TRL ends a completion at `max_completion_length`, results of tools included
+        self._check_positions(tokenized[0], "the student")
+        return tokenized
+
+    def _tokenize(self, prompts: list) -> tuple:
+        return super()._tokenize_prompts(self._escaped(prompts))
+
+    def _escaped(self, prompts: list) -> list:
+        if not is_conversational({"prompt": prompts[0]}):
+            return prompts  # texts, whose control tokens are meant
+        return [escape_messages(prompt, self._tokenizer) for prompt in prompts]
+
+    def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
+        return super()._get_tool_suffix_ids(escape_messages(tool_messages, self._tokenizer))
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
-        self._check_positions(prompt_ids, "the student")
         generate = functools.partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
         if not (self.use_vllm and self.vllm_mode == "server"):
             return generate()
@@ -315,6 +326,8 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         raise_problems(arriving_prompt_problems(prompt_ids, self.max_completion_length or 0, positions, reader))
 
     def _generate(self, prompts: list) -> tuple:
+        if self.rollout_func is not None:  # it applies the chat template itself
+            prompts = self._escaped(prompts)
         generated = super()._generate(prompts)
         prompt_ids, completion_ids = generated[:2]
         self._confirm(self.sharing, self.model_wrapped, prompt_ids, completion_ids)  # before anything is scored
@@ -359,7 +372,8 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.log_completions and any("answer" in row for row in inputs):
-            self._log_completion_extra("answer", [row.get("answer") for row in inputs])
+            # A name that no `log_extra` of a reward function has
+            self._log_completion_extra("dataset/answer", [row.get("answer") for row in inputs])
         rollouts = super()._generate_and_score_completions(inputs)
         is_training = self._has_new_rollouts = self.model.training
         if not self._distills:
@@ -402,11 +416,21 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         column = self.args.teacher_prompt_column
         rows = [] if column is None else [i for i, row in enumerate(inputs) if row.get(column) is not None]
         if rows:
-            teacher_ids, _, _ = self._tokenize_prompts([inputs[i][column] for i in rows])
-            for i, ids in zip(rows, teacher_ids, strict=True):
+            for i, ids in zip(rows, self._tokenize_rows([inputs[i][column] for i in rows], rows), strict=True):
                 prompt_ids[i] = list(ids)
         self._check_positions(prompt_ids, "the teacher")
         return prompt_ids
+
+    def _tokenize_rows(self, prompts: list, rows: list[int]) -> list[list[int]]:
+        """Token ids of `prompts`, which belong to these rows of the generation batch: each with its row's tools."""
+        if self.environment_factories is None:
+            return self._tokenize(prompts)[0]
+        environments = self._batch_environments
+        self._batch_environments = [environments[i] for i in rows]
+        try:
+            return self._tokenize(prompts)[0]
+        finally:
+            self._batch_environments = environments
 
     def _get_per_token_logps_and_entropies(
         self,

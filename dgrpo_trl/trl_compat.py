@@ -83,11 +83,16 @@ OVERRIDDEN = (
         "",
         "keeps the column of teacher prompts where unused columns are removed",
     ),
-    Hook("trl.GRPOTrainer._tokenize_prompts", "prompts", "special tokens in the text of a message stay text"),
+    Hook(
+        "trl.GRPOTrainer._tokenize_prompts",
+        "prompts",
+        "special tokens in the text of a message stay text, and prompts must fit the positions",
+    ),
+    Hook("trl.GRPOTrainer._get_tool_suffix_ids", "tool_messages", "special tokens in the result of a tool stay text"),
     Hook(
         "trl.GRPOTrainer._generate_single_turn",
         "prompt_ids images multimodal_fields num_generations has_tool_images",
-        "checks the length of what was tokenized, and waits for a vLLM server that is lost",
+        "waits for a vLLM server that is lost",
     ),
     Hook("trl.GRPOTrainer._generate", "prompts", "compares shared with plain forwards before anything is scored"),
     Hook(
@@ -154,10 +159,11 @@ HELPERS = (
 
 # Of a `GRPOTrainer`, not in its documentation
 ATTRIBUTES = {
+    "_batch_environments": "the environment of each row, whose tools its prompt describes",
     "_buffered_inputs": "the micro-batches of a generation batch: read and replaced, to regroup them",
     "_get_output_dir": "the folder of the checkpoints",
     "_last_loaded_step": "the step whose weights vLLM has: reset where the server has others",
-    "_log_completion_extra": "the column `answer` of the table of completions",
+    "_log_completion_extra": "the column `dataset/answer` of the table of completions",
     "_logs": "the table of completions: long prompts are cut, and a column is added",
     "_metrics": "what is logged: the metrics of the teacher term",
     "_name": "the method, in the model card",

@@ -107,6 +107,46 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(make_trainer, saved_teache
     assert record.moved() == [False, True]
 
 
+def with_scaler(trainer, scale):
+    """Trains in float16 on the CPU, which Accelerate does on a GPU alone."""
+    trainer.accelerator.state._mixed_precision = "fp16"
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_search_for_the_scale_of_fp16_is_left_to_the_scaler(make_trainer, saved_teacher, caplog, max_grad_norm):
+    options = {"teacher_model": saved_teacher, "max_grad_norm": max_grad_norm, "max_steps": 12}
+    trainer = with_scaler(make_trainer(DGRPOTrainer, **options), scale=2.0**22)
+    record = Record(trainer)
+    trainer.train()
+    num_skipped = record.moved().count(False)
+    assert num_skipped > 3 and record.moved()[-1]
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (22 - num_skipped)
+    assert "is skipped and the weights stay" not in caplog.text
+
+
+def test_a_loss_that_is_not_finite_counts_in_fp16_too(make_trainer, saved_teacher):
+    trainer = with_scaler(make_trainer(Corrupting, max_steps=9, teacher_model=saved_teacher), scale=1.0)
+    trainer.corrupt = {2, 3, 4}
+    record = Record(trainer)
+    with pytest.raises(
+        RuntimeError, match="3 consecutive optimizer steps .* the teacher term .*train with `bf16: true`"
+    ):
+        trainer.train()
+    assert record.moved() == [True, False, False]
+
+
+def test_gradients_that_overflow_without_a_scale_count(make_trainer, saved_teacher):
+    trainer = with_scaler(make_trainer(DGRPOTrainer, max_steps=9, teacher_model=saved_teacher), scale=4.0)
+    parameter = trainer.model.model.layers[0].mlp.up_proj.weight
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RuntimeError, match="3 consecutive optimizer steps"):
+        trainer.train()
+    assert trainer.state.global_step == 4  # two of them lowered the scale to 1
+
+
 # --- The vLLM server
 
 

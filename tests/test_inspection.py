@@ -103,15 +103,33 @@ def test_each_completion_has_its_own_divergence_in_the_table(make_trainer, saved
     trainer.train()
     for step in (1, 2):
         table = pd.read_parquet(tmp_path / "out" / "completions" / f"completions_{step:05d}.parquet")
-        assert len(table) == 12 and table["divergence"].notna().all() and set(table["answer"]) >= {table["answer"][0]}
+        assert (
+            len(table) == 12
+            and table["distill/divergence"].notna().all()
+            and set(table["dataset/answer"]) >= {table["dataset/answer"][0]}
+        )
         matched = 0
         for _, row in table.iterrows():
             text = row["completion"][0]["content"]
             if text in trainer.inspector.seen[step]:
-                assert row["divergence"] == pytest.approx(trainer.inspector.seen[step][text], rel=1e-4)
+                assert row["distill/divergence"] == pytest.approx(trainer.inspector.seen[step][text], rel=1e-4)
                 matched += 1
-            assert row["answer"] in row["prompt"][0]["content"]
+            assert row["dataset/answer"] in row["prompt"][0]["content"]
         assert matched >= 10
+
+
+def test_columns_that_a_reward_function_logs_are_its_own(make_trainer, saved_teacher, tmp_path):
+    def logging(completions, answer, log_extra, **kwargs):
+        log_extra("answer", [f"mine {value}" for value in answer])
+        log_extra("divergence", list(range(len(answer))))
+        return [float(i) for i in range(len(answer))]
+
+    options = {"log_completions": True, "max_steps": 1, "per_device_train_batch_size": 8}
+    make_trainer(DGRPOTrainer, teacher_model=saved_teacher, reward_funcs=logging, **options).train()
+    table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert list(table["answer"]) == [f"mine {value}" for value in table["dataset/answer"]]
+    assert list(table["divergence"]) == list(table["logging"]) == list(range(8))
+    assert table["distill/divergence"].notna().all()
 
 
 def test_rows_of_an_evaluation_have_no_divergence_in_the_table(make_trainer, saved_teacher, dataset, tmp_path):
@@ -129,7 +147,7 @@ def test_rows_of_an_evaluation_have_no_divergence_in_the_table(make_trainer, sav
     trainer.train()
     files = sorted((tmp_path / "out" / "completions").glob("*.parquet"))
     assert len(files) == 3  # TRL overwrites the table of a step with that of its evaluation
-    assert all(pd.read_parquet(path)["divergence"].isna().all() for path in files)
+    assert all(pd.read_parquet(path)["distill/divergence"].isna().all() for path in files)
     assert None not in trainer.inspector.divergences
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from conftest import length_reward
 from torch import nn
+from trl import GRPOTrainer
 
 from dgrpo_trl import DGRPOTrainer
 from dgrpo_trl.rewards.guard import guarded
@@ -42,43 +43,40 @@ def test_good_rewards_pass(reward):
     assert is_async_callable(guarded(reward, "mine")) is is_async_callable(reward)
 
 
-@pytest.mark.parametrize("reward", both(lambda completions, **kwargs: [1.0]))
-def test_a_wrong_number_is_named(reward):
-    with pytest.raises(ValueError, match="`mine` returned 1 values for 3 completions. It must return one per comp"):
-        call(reward)
+def test_any_iterable_of_rewards_will_do():
+    assert call(lambda completions, **kwargs: (float(i) for i in range(3))) == [0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_is_named_with_its_completion(value):
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_reward_is_named_with_its_completion(value):
     with pytest.raises(ValueError, match=f"`mine` returned {value} for completion 2: 'three'"):
         call(lambda completions, **kwargs: [0.0, None, value])
 
 
 def fails_at_two(completions, answer, **kwargs):
+    calls.append(answer)
     if "2" in answer:
         raise KeyError("price")
     return [0.0] * len(completions)
 
 
+calls: list[list[str]] = []
+
+
 @pytest.mark.parametrize("reward", both(fails_at_two))
-def test_an_exception_names_its_row(reward):
+def test_an_exception_names_the_rows_and_the_function_is_called_once(reward):
+    calls.clear()
     with pytest.raises(
-        RuntimeError, match="(?s)raised KeyError.*completion 1 of 3, 'two', of the prompt .*'b\\?'"
+        RuntimeError,
+        match="(?s)`mine` raised KeyError: 'price'.*3 completions together: .*; 'two' of the prompt .*'b\\?'",
     ) as e:
         call(reward, answer=["1", "2", "3"])
-    assert isinstance(e.value.__cause__, KeyError)
+    assert isinstance(e.value.__cause__, KeyError) and calls == [["1", "2", "3"]]
 
 
-def fails_on_many(completions, **kwargs):
-    if len(completions) > 1:
-        raise RuntimeError("too many")
-    return [0.0]
-
-
-@pytest.mark.parametrize("reward", both(fails_on_many))
-def test_an_exception_for_all_together_says_so(reward):
-    with pytest.raises(RuntimeError, match="the completions together, and for none of them alone"):
-        call(reward)
+def test_a_result_that_is_no_list_is_named():
+    with pytest.raises(RuntimeError, match="`mine` raised TypeError: 'NoneType' object is not iterable"):
+        call(lambda completions, **kwargs: None)
 
 
 def test_any_column_name_reaches_the_function():
@@ -135,3 +133,29 @@ def test_the_functions_are_the_users_again_after_an_error(make_trainer):
     with pytest.raises(RuntimeError, match=re.escape("Reward function `failing` raised KeyError")):
         trainer.train()
     assert trainer.reward_funcs == [failing]
+
+
+def sometimes_nan(completions, **kwargs):
+    return [float("nan"), *length_reward(completions)[1:]]
+
+
+def sometimes_none(completions, **kwargs):
+    return [None, *length_reward(completions)[1:]]
+
+
+@pytest.mark.parametrize("reward", [sometimes_nan, sometimes_none])
+def test_nan_is_none_as_in_grpo_trainer_and_is_counted(make_trainer, caplog, reward):
+    histories = []
+    for trainer_class, extra in ((GRPOTrainer, {}), (DGRPOTrainer, {"distill_coef": 0.0, "shared_prefix": "off"})):
+        trainer = make_trainer(trainer_class, reward_funcs=reward, **extra)
+        trainer.train()
+        histories.append([(entry.get("reward"), entry.get("loss")) for entry in trainer.state.log_history])
+    assert histories[0] == histories[1]
+    counted = "`sometimes_nan` returned NaN for 1 of 4 completions" in caplog.text
+    assert counted == (reward is sometimes_nan)
+
+
+def test_a_wrong_number_of_rewards_is_trls_error(make_trainer):
+    trainer = make_trainer(DGRPOTrainer, distill_coef=0.0, reward_funcs=lambda completions, **kwargs: [1.0])
+    with pytest.raises(ValueError, match="returned 1 rewards, but 4 were expected"):
+        trainer.train()

@@ -88,7 +88,7 @@ def prepare_run(
         train_dataset, eval_dataset = load_training_data(
             script_args,
             tokenizer,
-            seed=training_args.data_seed or training_args.seed,
+            seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
             with_test=training_args.eval_strategy != "no",
             **script_args.data_options(training_args),
         )

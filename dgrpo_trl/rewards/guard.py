@@ -1,31 +1,39 @@
-"""The guard around reward functions: a wrong number of rewards, a NaN or an exception names function and row."""
+"""The guard around reward functions: an exception or a number that is not finite names function and rows."""
 
 import functools
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
 
 from ..trl_compat import is_async_callable
 
 
+logger = get_logger(__name__)
+
 # What `GRPOTrainer` takes: a reward model, or a function from keyword arguments to a reward, or `None`, per completion
 RewardFunc = nn.Module | Callable[..., Any]
 
+_MAX_ROWS = 4  # of a batch, in a message
+_MAX_CHARS = 200  # of a completion or a prompt, in a message
+
 
 def guarded(reward_func: RewardFunc, name: str) -> RewardFunc:
-    """A call of `reward_func` that raises where it does not return one finite number, or `None`, per completion.
+    """A call of `reward_func` that explains what goes wrong in it.
+
+    NaN counts as `None`, as in `GRPOTrainer`, and a warning says how often it was returned.
 
     Args:
         reward_func (`nn.Module` or `Callable`):
-            Called, not changed, and called anew for each row if it raises. A reward model is returned as it is.
+            Called once, and not changed. A reward model is returned as it is.
         name (`str`):
             In messages.
 
     Returns:
-        `nn.Module` or `Callable`: Synchronous or asynchronous, as `reward_func` is. It raises a `RuntimeError` where
-        that raises, and a `ValueError` for what it returns.
+        `nn.Module` or `Callable`: Synchronous or asynchronous, as `reward_func` is. It raises a `RuntimeError` that
+        shows the rows where that raises, and a `ValueError` for a reward that is infinite.
     """
     if isinstance(reward_func, nn.Module):
         return reward_func
@@ -44,50 +52,49 @@ def guarded(reward_func: RewardFunc, name: str) -> RewardFunc:
     return call
 
 
-async def _call(reward_func: Callable[..., Awaitable[Any]], name: str, /, **kwargs: Any) -> Any:
+async def _call(reward_func: Callable[..., Awaitable[Any]], name: str, /, **kwargs: Any) -> list[Any]:
     try:
-        rewards = await reward_func(**kwargs)
+        rewards = list(await reward_func(**kwargs))
     except Exception as error:
-        for place, row in _single_rows(kwargs):
-            try:
-                await reward_func(**row)
-            except Exception as again:
-                raise _failure(name, again, place) from error
-        raise _failure(name, error, "the completions together, and for none of them alone") from error
+        raise RuntimeError(
+            f"Reward function `{name}` raised {type(error).__name__}: {error}. It was called for "
+            f"{_rows(kwargs)}. Without its reward a completion cannot be learned from. Fix the function; it may "
+            "return `None` for a completion that it cannot score."
+        ) from error
     _check(name, rewards, kwargs["completions"])
     return rewards
 
 
-def _check(name: str, rewards: Any, completions: list[Any]) -> None:
+def _check(name: str, rewards: list[Any], completions: list[Any]) -> None:
+    """TRL itself checks their number."""
     if len(rewards) != len(completions):
-        raise ValueError(
-            f"Reward function `{name}` returned {len(rewards)} values for {len(completions)} completions. It must "
-            "return one per completion, in their order; `None` stands for one that it cannot score."
-        )
-    for i, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
+        return
+    numbers = {i: float(reward) for i, reward in enumerate(rewards) if reward is not None}
+    for i, number in numbers.items():
+        if math.isinf(number):
             raise ValueError(
-                f"Reward function `{name}` returned {reward} for completion {i}: {completions[i]!r}. It would "
-                "silently drop the completion, or corrupt the advantages of its group. Return a finite number, or "
-                "`None` for a completion that it cannot score."
+                f"Reward function `{name}` returned {number} for completion {i}: {completions[i]!r}. It would corrupt "
+                "the advantages of its group. Return a finite number, or `None` for a completion that it cannot score."
             )
+    nans = [i for i, number in numbers.items() if math.isnan(number)]
+    if nans:
+        logger.warning(
+            f"Reward function `{name}` returned NaN for {len(nans)} of {len(completions)} completions, the first of "
+            f"them {_shortened(completions[nans[0]])}. NaN counts as `None`: the completion is not scored by it."
+        )
 
 
-def _failure(name: str, error: Exception, place: str) -> RuntimeError:
-    return RuntimeError(
-        f"Reward function `{name}` raised {type(error).__name__}: {error}. It did so for {place}. Without its reward "
-        "a completion cannot be learned from. Fix the function; it may return `None` for a completion that it cannot "
-        "score."
-    )
+def _rows(kwargs: dict[str, Any]) -> str:
+    completions, prompts = kwargs["completions"], kwargs.get("prompts")
+    rows = [_shortened(completion) for completion in completions[:_MAX_ROWS]]
+    if prompts is not None:
+        rows = [
+            f"{row} of the prompt that ends {str(prompt)[-_MAX_CHARS:]!r}"
+            for row, prompt in zip(rows, prompts, strict=False)
+        ]
+    more = "" if len(completions) <= _MAX_ROWS else f"; and {len(completions) - _MAX_ROWS} more"
+    return f"{len(completions)} completions together: {'; '.join(rows)}{more}"
 
 
-def _single_rows(kwargs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arguments of a reward function for one completion at a time, each with words that say which it is."""
-    num_rows = len(kwargs["completions"])
-    for i in range(num_rows):
-        row = {
-            name: [value[i]] if isinstance(value, list) and len(value) == num_rows else value
-            for name, value in kwargs.items()
-        }
-        prompt, completion = str(row.get("prompts", [""])[0]), str(row["completions"][0])
-        yield f"completion {i} of {num_rows}, {completion[:300]!r}, of the prompt that ends {prompt[-300:]!r}", row
+def _shortened(completion: Any) -> str:
+    return repr(str(completion)[:_MAX_CHARS])

@@ -215,7 +215,7 @@ class Inspector:
         )
 
     def complete_table(self, logs: dict[str, Any]) -> None:
-        """Cuts long prompts in TRL's table of completions, and adds the column `divergence`. A collective call.
+        """Cuts long prompts in TRL's table of completions, adds the column `distill/divergence`. A collective call.
 
         Args:
             logs (`dict`):
@@ -227,7 +227,7 @@ class Inspector:
         divergences: list[float | None] = gather_object(self.divergences)
         if not self.table_is_trained or len(divergences) != len(prompts):
             divergences = [None] * len(prompts)
-        logs["extra"]["divergence"] = deque(divergences, prompts.maxlen)
+        logs["extra"]["distill/divergence"] = deque(divergences, prompts.maxlen)
 
     def write_heatmap(self, args: TrainingArguments, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the page of the collected trace, if there is one, to `output_dir/heatmaps` and to wandb."""

@@ -28,6 +28,10 @@ class NonFiniteGuard(TrainerCallback):
     DeepSpeed skips such a step by itself, with the same test of the gradient; elsewhere the gradients are removed
     before the optimizer reads them, so that neither weights nor moments move. Skipped steps count as steps.
 
+    In fp16 a gradient that overflows while the loss is finite is how a `GradScaler`, or DeepSpeed, searches for its
+    scale: it skips the step itself, and lowers the scale. Such a step is left to it, and does not count, unless the
+    scale is down at 1 and no longer the reason.
+
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Brings the outcome to all ranks.
@@ -106,12 +110,15 @@ class NonFiniteGuard(TrainerCallback):
     ) -> None:
         """A collective call. Under DeepSpeed the step has been made, or skipped, at this point."""
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        is_bad = torch.tensor(float(self._is_bad or not self.gradient_is_finite), device=self.accelerator.device)
-        any_is_bad = self.accelerator.reduce(is_bad).item() > 0
+        flags = torch.tensor([self._is_bad, not self.gradient_is_finite], device=self.accelerator.device).float()
+        loss_is_bad, gradient_is_bad = (flag > 0 for flag in self.accelerator.reduce(flags).tolist())
+        any_is_bad = loss_is_bad or gradient_is_bad
         was_skipped = is_deepspeed and self.accelerator.optimizer_step_was_skipped
         self._is_bad = False
         if not (any_is_bad or was_skipped):
             self.num_consecutive = 0
+            return
+        if not loss_is_bad and (was_skipped or not is_deepspeed) and self._is_searching_for_scale():
             return
         if is_deepspeed and not was_skipped:
             raise RuntimeError(
@@ -129,7 +136,18 @@ class NonFiniteGuard(TrainerCallback):
         if self.num_consecutive >= self.max_steps:
             raise RuntimeError(
                 f"{self.num_consecutive} consecutive optimizer steps were not finite; the last: {self._report}. "
-                "Nothing is learned any more. The log names the rows of each. Inspect them, lower `learning_rate`, or "
-                "check that the teacher runs in bf16 or float32; `max_nonfinite_steps` sets when to stop."
+                "Nothing is learned any more. The log names the rows of each. Inspect them, lower `learning_rate`, "
+                f"or {self._advice()}; `max_nonfinite_steps` sets when to stop."
             )
         self._report = _NOTHING_OBSERVED
+
+    def _is_searching_for_scale(self) -> bool:
+        if self.accelerator.mixed_precision != "fp16":
+            return False
+        scaler = self.accelerator.scaler  # none under DeepSpeed, which stops by itself at its smallest scale
+        return scaler is None or scaler.get_scale() > 1
+
+    def _advice(self) -> str:
+        if self.accelerator.mixed_precision == "fp16":
+            return "train with `bf16: true`, whose numbers do not end at 65,504 as those of fp16 do"
+        return "check that the teacher runs in bf16 or float32"
