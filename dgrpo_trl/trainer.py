@@ -135,6 +135,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]]
     _signature_columns: list[str]
+    _batch_environments: list[str | None]
 
     _tag_names = ["trl", "dgrpo"]
     _name = "dGRPO"
