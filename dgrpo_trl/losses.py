@@ -21,6 +21,7 @@ from .tiled_loss import (
     TeacherSide,
     TokenTerms,
     tiled_token_terms,
+    weighted,
 )
 
 
@@ -40,8 +41,9 @@ LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vesp
 
 
 # --- Divergences between the policy p and the teacher t at one token, over the ids v that both heads have. With logits
-# z and u, log p_v = z_v - log Z_p and log t_v = u_v - log Z_t. Suffixes of shapes: N tokens, V ids of one tile. To add
-# one, write its value and its gradient as [`Divergence`] has them, and add its line to the table.
+# z and u, log p_v = z_v - log Z_p and log t_v = u_v - log Z_t; 0 log 0 is 0, hence [`weighted`].
+# Suffixes of shapes: N tokens, V ids of one tile. To add one, write its value and its gradient as [`Divergence`] has
+# them, and add its line to the table.
 
 
 def _reverse_kl(s: SharedStatistics, log_probs: LogProbs, w: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,7 @@ def _reverse_kl(s: SharedStatistics, log_probs: LogProbs, w: float) -> tuple[Ten
 
 def _reverse_kl_gradient(log_p_NV: Tensor, log_t_NV: Tensor, kl_N1: Tensor, w: float) -> Tensor:
     """d KL(p || t) / dz_v = p_v (log p_v - log t_v - KL(p || t))."""
-    return log_p_NV.exp() * (log_p_NV - log_t_NV - kl_N1)
+    return weighted(log_p_NV.exp(), log_p_NV - log_t_NV - kl_N1)
 
 
 def _forward_kl(s: SharedStatistics, log_probs: LogProbs, w: float) -> tuple[Tensor, Tensor]:
@@ -74,15 +76,16 @@ def _jsd(s: SharedStatistics, log_probs: LogProbs, w: float) -> tuple[Tensor, Te
     jsd_N, policy_kl_N = zeros_like(s.policy_log_z_N), zeros_like(s.policy_log_z_N)
     for log_p_NV, log_t_NV in log_probs:
         log_m_NV = _log_mixture(log_p_NV, log_t_NV, w)
-        policy_term_N = (log_p_NV.exp() * (log_p_NV - log_m_NV)).sum(-1)
+        policy_term_N = weighted(log_p_NV.exp(), log_p_NV - log_m_NV).sum(-1)
         policy_kl_N = policy_kl_N + policy_term_N
-        jsd_N = jsd_N + (1 - w) * policy_term_N + w * (log_t_NV.exp() * (log_t_NV - log_m_NV)).sum(-1)
+        teacher_term_N = weighted(log_t_NV.exp(), log_t_NV - log_m_NV).sum(-1)
+        jsd_N = jsd_N + (1 - w) * policy_term_N + w * teacher_term_N
     return jsd_N, policy_kl_N
 
 
 def _jsd_gradient(log_p_NV: Tensor, log_t_NV: Tensor, policy_kl_N1: Tensor, w: float) -> Tensor:
     """d JSD / dz_v = (1 - w) p_v (log p_v - log m_v - KL(p || m)): what m itself moves cancels."""
-    return (1 - w) * log_p_NV.exp() * (log_p_NV - _log_mixture(log_p_NV, log_t_NV, w) - policy_kl_N1)
+    return weighted((1 - w) * log_p_NV.exp(), log_p_NV - _log_mixture(log_p_NV, log_t_NV, w) - policy_kl_N1)
 
 
 def _log_mixture(log_p_NV: Tensor, log_t_NV: Tensor, w: float) -> Tensor:

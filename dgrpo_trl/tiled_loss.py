@@ -156,6 +156,11 @@ def tiled_token_terms(
 # --- What is folded and projected
 
 
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights * values`, and 0 where the weight is: an id with a logit of -inf has no probability and no share."""
+    return torch.where(weights == 0, 0.0, weights * values)
+
+
 class _OnlineSoftmax:
     """Softmax statistics of N rows of logits, folded in one tile of columns at a time."""
 
@@ -170,11 +175,12 @@ class _OnlineSoftmax:
         tile_max_N, tile_argmax_N = logits_NV.max(dim=-1)
         self.argmax_N = torch.where(tile_max_N > self.max_N, tile_argmax_N + columns.start, self.argmax_N)
         new_max_N = torch.maximum(self.max_N, tile_max_N)
-        rescale_N = torch.exp(self.max_N - new_max_N)
-        weights_NV = torch.exp(logits_NV - new_max_N.unsqueeze(-1))
+        finite_max_N = torch.where(new_max_N == -math.inf, 0.0, new_max_N)  # -inf so far: every weight is 0
+        rescale_N = torch.exp(self.max_N - finite_max_N)
+        weights_NV = torch.exp(logits_NV - finite_max_N.unsqueeze(-1))
         self.sum_N = self.sum_N * rescale_N + weights_NV.sum(-1)
         for i, value_NV in enumerate(values_NV):
-            self.weighted_N[i] = self.weighted_N[i] * rescale_N + (weights_NV * value_NV).sum(-1)
+            self.weighted_N[i] = self.weighted_N[i] * rescale_N + weighted(weights_NV, value_NV).sum(-1)
         self.max_N = new_max_N
 
     @property
@@ -384,7 +390,8 @@ def _backward_rows(
             grad_NV.addcmul_(p_NV, grad_logps_N.unsqueeze(1), value=-1)
             grad_NV.scatter_add_(1, local_N.unsqueeze(1), torch.where(inside_N, grad_logps_N, 0.0).unsqueeze(1))
         if grad_entropies_N is not None:
-            grad_NV.addcmul_(p_NV * (log_p_NV + saved_N1.entropies_N), grad_entropies_N.unsqueeze(1), value=-1)
+            surprise_NV = weighted(p_NV, log_p_NV + saved_N1.entropies_N)
+            grad_NV.addcmul_(surprise_NV, grad_entropies_N.unsqueeze(1), value=-1)
         if teacher is not None and grad_divergences_N is not None:
             log_p_NV = logits_NV - saved_N1.shared_log_z_N
             log_t_NV = teacher.logits(rows, columns) - saved_N1.teacher_log_z_N

@@ -17,7 +17,7 @@ def divergence(policy_logits, teacher_logits, kind, mixture=0.5):
     p, t = F.softmax(policy_logits, -1), F.softmax(teacher_logits, -1)
 
     def kl(a, b):
-        return (a * (a.log() - b.log())).sum(-1)
+        return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)  # 0 log 0 is 0
 
     if kind == "reverse_kl":
         return kl(p, t)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import reference
@@ -63,7 +64,7 @@ def reference_terms(hidden, head, targets, teacher, kind, mixture, temperature):
         log_p[torch.arange(N), targets],
         -(log_p.exp() * log_p).sum(-1),
         reference.divergence(policy_logits[:, :shared], teacher_logits[:, :shared], kind, mixture),
-        -(t * t.log()).sum(-1),
+        -torch.xlogy(t, t).sum(-1),
         (policy_logits[:, :shared].argmax(-1) == teacher_logits[:, :shared].argmax(-1)).double(),
     )
 
@@ -117,6 +118,56 @@ def test_gradcheck(kind):
         return token_terms(hidden, head_, targets[:4], 0.8, Distillation(states[:4], teacher_head, kind, 0.4))[:3]
 
     assert torch.autograd.gradcheck(function, (hidden[:4].detach().requires_grad_(), head.weight, head.bias))
+
+
+def impossible(head, ids):
+    """`head` with logits of -inf at these ids."""
+    bias = head.bias.detach().clone()
+    bias[ids] = -math.inf
+    return replace(head, bias=bias.requires_grad_(head.bias.requires_grad))
+
+
+@pytest.mark.parametrize("ids", [slice(20, 23), slice(0, 16)], ids=["some", "a whole tile"])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_ids_that_are_impossible_for_the_teacher_count_with_probability_0(kind, ids):
+    hidden, head, targets, (states, teacher_head) = make_case()
+    teacher = states, impossible(teacher_head, ids)
+    terms = token_terms(hidden, head, targets, 1.0, Distillation(*teacher, kind, 0.3))
+    expected = reference_terms(hidden, head, targets, teacher, kind, 0.3, 1.0)
+    inputs = (hidden, head.weight, head.bias)
+    for got, value in zip(terms, expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(weighted_sum(t), inputs) for t in (terms, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+def test_an_id_that_only_the_teacher_excludes_is_infinitely_far_in_reverse_kl_alone():
+    hidden, head, targets, (states, teacher_head) = make_case()
+    terms = token_terms(hidden, head, targets, 1.0, Distillation(states, impossible(teacher_head, slice(20, 23))))
+    assert terms.divergences.isposinf().all() and terms.logps.isfinite().all()
+
+
+@pytest.mark.parametrize("ids", [slice(20, 23), slice(0, 16)], ids=["some", "a whole tile"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_ids_that_are_impossible_for_both_are_as_if_they_were_not_there(kind, ids):
+    hidden, head, targets, (states, teacher_head) = make_case()
+    kept = torch.ones(V, dtype=torch.bool)
+    kept[ids] = False
+    targets = kept.nonzero().squeeze(1)[targets % kept.sum()]
+    small_targets = kept.cumsum(0)[targets] - 1
+    small_head, small_teacher = (
+        replace(h, weight=h.weight.detach()[kept].requires_grad_(), bias=h.bias.detach()[kept].requires_grad_())
+        for h in (head, teacher_head)
+    )
+    head, teacher_head = impossible(head, ids), impossible(teacher_head, ids)
+    terms = token_terms(hidden, head, targets, 1.0, Distillation(states, teacher_head, kind, 0.3))
+    expected = token_terms(hidden, small_head, small_targets, 1.0, Distillation(states, small_teacher, kind, 0.3))
+    for name in ("logps", "entropies", "divergences", "teacher_entropies"):
+        torch.testing.assert_close(getattr(terms, name), getattr(expected, name), rtol=0, atol=1e-12)
+    hidden_grad, weight_grad = torch.autograd.grad(weighted_sum(terms), (hidden, head.weight))
+    expected_grads = torch.autograd.grad(weighted_sum(expected), (hidden, small_head.weight))
+    torch.testing.assert_close((hidden_grad, weight_grad[kept]), expected_grads, rtol=0, atol=1e-11)
+    assert (weight_grad[~kept] == 0).all()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
