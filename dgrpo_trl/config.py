@@ -65,8 +65,8 @@ class DGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'cpu' keeps the teacher, under ZeRO-3 each rank's shard of it, in the memory of the host while "
-            "it has nothing to score: the student then has the device to itself. Costs two copies per generation "
-            "batch.",
+            "it has nothing to score: the student then has the device to itself. Costs its size in pinned memory, and "
+            "one copy to the device per generation batch.",
             "choices": ["cpu"],
         },
     )

@@ -126,6 +126,49 @@ def load_teacher(teacher: str | PreTrainedModel, args: DGRPOConfig, student: Pre
     return teacher.eval()
 
 
+class HostWeights:
+    """Weights that do not change, in one copy that stays in the memory of the host; the device borrows them.
+
+    Nothing is copied back. On a GPU run the copy is pinned, so that the way to the device is asynchronous.
+
+    Args:
+        parameters (`list[nn.Parameter]`):
+            Under ZeRO-3, of which each rank's shards are meant.
+        device (`torch.device`):
+            Who borrows them.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], device: torch.device):
+        self.parameters = parameters
+        self.device = device
+        self._copies: dict[tuple[int, bool], Tensor] = {}
+
+    def to_device(self) -> None:
+        for _, tensor in self._tensors():
+            tensor.data = tensor.data.to(self.device, non_blocking=True)
+
+    def to_host(self) -> None:
+        for key, tensor in self._tensors():
+            if key not in self._copies:
+                self._copies[key] = host_copy(tensor.data)
+            tensor.data = self._copies[key]
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, bool], Tensor]]:
+        for i, parameter in enumerate(self.parameters):
+            shard = getattr(parameter, "ds_tensor", None)
+            if shard is not None:
+                yield (i, True), shard
+            if shard is None or parameter.data.numel() > 0:  # ZeRO-3 keeps small ones whole beside their shards
+                yield (i, False), parameter
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU: itself if it is there, else a pinned copy."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
 class Teacher:
     """A frozen model that scores the student's completions; the only place that calls it.
 
@@ -142,9 +185,9 @@ class Teacher:
             That of the rollouts.
         fp32_projection (`bool`, *optional*, defaults to `False`):
             Run the LM head in float32.
-        offload_device (`str`, *optional*):
-            Where the weights wait while there is nothing to score, all but those of the LM head, which the student's
-            loss reads.
+        waits_on_host (`bool`, *optional*, defaults to `False`):
+            Keep the weights in the memory of the host while there is nothing to score, all but those of the LM head,
+            which the student's loss reads.
 
     Raises:
         NotImplementedError: If the weights cannot be moved: under FSDP, or quantized ones.
@@ -158,17 +201,17 @@ class Teacher:
         sharing: PrefixSharing,
         temperature: float,
         fp32_projection: bool = False,
-        offload_device: str | None = None,
+        waits_on_host: bool = False,
     ):
         self.accelerator = accelerator
-        self.offload_device = offload_device
+        self._host_weights: HostWeights | None = None
         self.fp32_projection = fp32_projection
         self.sharing = sharing
         self.is_base = model is None
         if model is None:
             self.model = student
             return
-        if offload_device is not None:
+        if waits_on_host:
             _check_movable(model, accelerator)
         add_completion_scoring(base_model(model), temperature, fp32_projection)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -181,29 +224,21 @@ class Teacher:
         # the loss gathers it
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._check_head()
-        if offload_device is not None:
-            self._move(offload_device)
+        if waits_on_host:
+            self._host_weights = HostWeights(list(self._movable().values()), accelerator.device)
+            self._host_weights.to_host()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Within it the weights are on the device of the run; else they wait where they were told to."""
-        if self.is_base or self.offload_device is None:
+        if self._host_weights is None:
             yield
             return
-        self._move(self.accelerator.device)
+        self._host_weights.to_device()
         try:
             yield
         finally:
-            self._move(self.offload_device)
-
-    def _move(self, device: str | torch.device) -> None:
-        """Moves the weights, each rank's shard of them under ZeRO-3, but for those of the LM head."""
-        for parameter in self._movable().values():
-            shard = getattr(parameter, "ds_tensor", None)
-            if shard is not None:
-                shard.data = shard.data.to(device)
-            if shard is None or parameter.data.numel() > 0:  # ZeRO-3 keeps small ones whole beside their shards
-                parameter.data = parameter.data.to(device)
+            self._host_weights.to_host()
 
     def _movable(self) -> dict[str, nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)

@@ -274,7 +274,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             sharing,
             self.temperature,
             self.args.cast_lm_head_to_fp32,
-            self.args.teacher_offload,
+            self.args.teacher_offload is not None,
         )
         if model is not None:
             self.teacher_model = self.teacher.model

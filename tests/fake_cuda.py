@@ -34,17 +34,31 @@ class FakeCudaTensor(Tensor):
     """Says that it is on `cuda:0`, and holds its values in `host`, a tensor on the CPU."""
 
     @staticmethod
-    def __new__(cls, real: Tensor):
+    def __new__(cls, host: Tensor):
         return Tensor._make_wrapper_subclass(
-            cls, real.size(), real.stride(), real.storage_offset(), dtype=real.dtype, device=CUDA
+            cls, host.size(), host.stride(), host.storage_offset(), dtype=host.dtype, device=CUDA
         )
 
-    def __init__(self, real: Tensor):
-        self.host = real
+    def __init__(self, host: Tensor):
+        self.host = host
+        self.is_on_host = False  # as a parameter may be, whose data was replaced
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.is_on_host else CUDA
+
+    @property
+    def data(self) -> Tensor:
+        return self.host.detach() if self.is_on_host else self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.is_on_host = value.device.type == "cpu"
+        self.host = getattr(value, "host", value)
 
     def __repr__(self):
         return f"FakeCudaTensor({self.host})"
@@ -63,11 +77,14 @@ class FakeCudaMode(TorchDispatchMode):
             Operators that ran on the device.
         waits (`Counter`):
             Lines of this project that read values from the device, each of which waits for it.
+        pinned (`int`):
+            Elements of pinned memory that were asked for.
     """
 
     def __init__(self):
         super().__init__()
         self.calls, self.waits = Counter(), Counter()
+        self.pinned = 0
         self.random_state = torch.Generator().manual_seed(0).get_state()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -90,14 +107,15 @@ class FakeCudaMode(TorchDispatchMode):
 def run(func, args, kwargs, mode: FakeCudaMode | None = None):
     """Runs an operator on the CPU, and says that its results are where CUDA would have put them."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    device = common_device(func, tensors)
+    device, is_pinned = common_device(func, tensors), False
     if kwargs.get("device") is not None:
         device = torch.device(kwargs["device"])
         if func is aten._to_copy.default and device.type == "meta":
             device = CUDA  # "cuda" without an index: PyTorch asks the guard, which is that of `meta`
         kwargs = {**kwargs, "device": torch.device("cpu")}
-        kwargs.pop("pin_memory", None)
-    is_read = func is aten._local_scalar_dense.default or (device.type == "cpu" and func is not aten.copy_.default)
+        is_pinned = kwargs.pop("pin_memory", False)
+    copies = (aten._to_copy.default, aten.copy_.default)
+    is_read = func is aten._local_scalar_dense.default or (func in copies and device.type == "cpu")
     is_from_cuda = any(tensor.device == CUDA for tensor in tensors)
     if mode is not None and is_from_cuda and is_read:
         mode.waits[calling_line()] += 1
@@ -107,6 +125,8 @@ def run(func, args, kwargs, mode: FakeCudaMode | None = None):
     with mode.own_generator() if mode is not None and device.type == "cuda" else nullcontext():
         outputs = CUDA_ONLY.get(func, func)(*real_args, **real_kwargs)
     if device.type != "cuda":
+        if mode is not None and is_pinned:
+            mode.pinned += outputs.numel()
         return outputs
     wrapped = tree_map_only(Tensor, lambda tensor: FakeCudaTensor(tensor), outputs)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)

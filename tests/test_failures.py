@@ -298,20 +298,13 @@ def test_an_error_of_the_request_is_no_loss_of_the_server(make_trainer, saved_te
 # --- A teacher that waits elsewhere
 
 
-def test_the_teacher_is_on_the_device_only_while_it_scores(make_trainer, saved_teacher, monkeypatch):
-    """On a CPU both places are the same; where the weights are told to go is recorded."""
-    moves = []
-    move = DGRPOTrainer.__init__.__globals__["Teacher"]._move
-    monkeypatch.setattr(
-        "dgrpo_trl.teacher.Teacher._move", lambda self, device: (moves.append(str(device)), move(self, device))
-    )
+def test_offloading_changes_no_loss(make_trainer, saved_teacher):
     losses = []
     for offload in (None, "cpu"):
         trainer = make_trainer(DGRPOTrainer, teacher_model=saved_teacher, teacher_offload=offload)
         trainer.train()
         losses.append([entry.get("loss") for entry in trainer.state.log_history])
     assert losses[0] == losses[1]
-    assert moves == ["cpu"] * 5  # away after it was built; there and back in each of two steps
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from dgrpo_trl import DGRPOTrainer, rollouts
 from dgrpo_trl.rollouts import Rollouts, score
 from dgrpo_trl.scoring import add_completion_scoring
+from dgrpo_trl.teacher import HostWeights
 
 
 @pytest.fixture
@@ -87,3 +88,20 @@ def test_a_model_that_is_spread_over_devices_is_refused(make_trainer, make_model
     models[spread].hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(ValueError, match=f"`device_map` of the {spread} spreads it over 0, 1"):
         make_trainer(DGRPOTrainer, models["student"], teacher_model=models["teacher"])
+
+
+def test_a_teacher_that_waits_on_the_host_is_copied_there_once_and_pinned(device, make_model):
+    model = make_model()
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    parameters = list(model.to(CUDA).parameters())
+    weights = HostWeights(parameters, CUDA)
+    weights.to_host()
+    for _ in range(2):
+        assert {parameter.device.type for parameter in parameters} == {"cpu"}
+        weights.to_device()
+        assert {parameter.device for parameter in parameters} == {CUDA}
+        weights.to_host()
+    assert device.waits == {"teacher.py: host_copy": len(parameters)}
+    assert device.pinned == sum(value.numel() for value in values)
+    for parameter, value in zip(parameters, values, strict=True):
+        torch.testing.assert_close(parameter.data, value, rtol=0, atol=0)
