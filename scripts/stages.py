@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -163,7 +164,7 @@ class Project:
                 SCRIPTS / script,
                 SCRIPTS / "prepare_demo.py",
                 *sorted((RECIPES / "longblocks").glob(recipes)),
-                *_code(longblocks),
+                *code_of(longblocks),
             ],
             outputs=[self.output_dir / "model" / WEIGHTS, self._state("model"), *map(self.rows, rows)],
         )
@@ -236,10 +237,11 @@ class Project:
             name=f"compare_{name}",
             purpose=f"tables and page: {title}",
             command=[*command, *flags],
-            inputs=[*inputs, *_code(evaluation)],
+            inputs=[*inputs, *code_of(evaluation)],
             outputs=[output_dir / "comparison.json", output_dir / "comparison.html"],
         )
 
 
-def _code(package) -> list[Path]:
+def code_of(package: ModuleType) -> list[Path]:
+    """The source files of a package."""
     return sorted(Path(package.__file__).parent.rglob("*.py"))
