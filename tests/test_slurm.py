@@ -100,14 +100,17 @@ def test_a_run_that_fails_is_not_put_back(slurm, tmp_path):
 
 REWARDS = """
 import faulthandler, os, signal, time
-calls = []
+calls, signals = [], []
 was_stopped = os.path.exists("stopped")
 faulthandler.dump_traceback_later(420)  # of each rank, before the test gives up
 def slow(completions, **kwargs):
     calls.append(1)
+    if len(calls) == 1:
+        handle = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *arguments: (handle(*arguments), signals.append(1)))
     if len(calls) == 2 and not was_stopped:
         open("second" + os.environ["RANK"], "w").close()
-        while signal.getsignal(signal.SIGTERM).__self__._signal is None:  # until the signal has come to this rank
+        while not signals:  # until the signal has come to this rank
             time.sleep(0.05)
         open("stopped", "w").close()
     return [float(len(c[0]["content"]) % 7) for c in completions]
