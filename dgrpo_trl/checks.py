@@ -128,13 +128,24 @@ def dataset_problems(dataset: Dataset | IterableDataset, name: str) -> list[str]
 
 
 def image_problems(datasets: Mapping[str, Dataset | IterableDataset]) -> list[str]:
-    """A problem for each data set with images, which a teacher does not score."""
+    """A problem for each data set with images, which a teacher does not score.
+
+    A column that is empty in every row has none. That of a stream is not read: images of it are refused as they come.
+    """
     return [
         f"`{name}` has images, which the teacher does not score yet. Use a text-only data set, or set "
         "`distill_coef=0`."
         for name, dataset in datasets.items()
-        if {"image", "images"} & set(dataset.column_names or ())
+        if isinstance(dataset, Dataset) and any(_has_images(dataset, column) for column in ("image", "images"))
     ]
+
+
+def _has_images(dataset: Dataset, column: str) -> bool:
+    if column not in dataset.column_names:
+        return False
+    # As stored, so that nothing is decoded
+    stored = dataset.select_columns(column).with_format("arrow")
+    return any(value for batch in stored.iter(1000) for value in batch[column].to_pylist())
 
 
 def batch_problems(args: DGRPOConfig, dataset: Dataset | IterableDataset, num_processes: int) -> list[str]:

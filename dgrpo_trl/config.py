@@ -99,7 +99,8 @@ class DGRPOConfig(GRPOConfig):
         metadata={
             "help": "Run each prompt of a micro-batch once for all its completions, in the student, the old policy, "
             "the reference model, the teacher and the prefill of generation. 'auto' does so for the models for which "
-            "it is exact, and logs where it is not; 'on' raises where it is not; 'off' runs every completion with a "
+            "it is exact, and logs where it is not; 'on' raises where it is not, and lets "
+            "rows of a prompt meet in one micro-batch across optimizer steps too; 'off' runs every completion with a "
             "copy of its prompt, as TRL does.",
             "choices": list(SHARED_PREFIX_MODES),
         },

@@ -132,6 +132,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     """
 
     # TRL's
+    reward_func_names: list[str]
+    reward_processing_classes: list[Any]
+    reward_weights: Tensor
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]]
     _signature_columns: list[str]
@@ -184,12 +187,11 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             logger.warning("`distill_coef` is 0: the teacher is not loaded, and training is plain GRPO.")
         if not isinstance(reward_funcs, list):
             reward_funcs = [] if reward_funcs is None else [reward_funcs]
-        self._has_rewards = bool(reward_funcs) or environment_factory is not None
-        if not self._has_rewards and not self._distills:
+        if not (reward_funcs or environment_factory or self._distills):
             raise ValueError(
-                "There is neither a reward function nor a teacher, so there is nothing to learn from. Pass "
-                "`reward_funcs` (GRPO), `teacher_model` with `distill_coef > 0` (on-policy distillation), or both "
-                "(dGRPO)."
+                "No reward source provided. Pass `reward_funcs`, or an `environment_factory` whose environment "
+                "defines a `get_reward` method; or a teacher, `teacher_model` with `distill_coef > 0`, to learn from "
+                "it alone."
             )
         if processing_class is None:
             processing_class = _load_processing_class(model, args)
@@ -213,7 +215,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 
         super().__init__(
             model=model,
-            reward_funcs=list(reward_funcs) if self._has_rewards else no_reward,  # TRL writes into the list
+            reward_funcs=list(reward_funcs) or ([no_reward] if self._distills else []),  # TRL writes into the list
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -228,8 +230,14 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             environment_factory=environment_factory,
         )
         raise_problems(placement_problems(base_model(self.model), "the student"))
+        self._has_rewards = self.reward_funcs != [no_reward]
+        if self._has_rewards and self.reward_funcs[0] is no_reward:  # the environment has rewards of its own
+            for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del values[0]
+            self.reward_weights = self.reward_weights[1:]
         self.distill_coef = args.distill_coef
         self._student_forward: _StudentForward | None = None
+        self._scores_twice = False
         self._has_new_rollouts = False
         self._watch_the_run()
         self._prepare_student()
@@ -250,6 +258,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     def _prepare_student(self) -> None:
         """Decides whether prompts are shared, and gives the models the forward that does so, where it is needed."""
         self.sharing = self._prefix_sharing(self.model, "the student")
+        self._regrouped = self._num_regrouped() if self.sharing.is_on else 1
         if self.sharing.is_on:
             share_prefill(base_model(self.accelerator.unwrap_model(self.model)))
         # Whether our forward replaces the parent's, which is left alone where there is no need to
@@ -259,6 +268,31 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
                 if policy is not None:  # the ratio of both needs log-probabilities from the same arithmetic
                     unwrapped = base_model(self.accelerator.unwrap_model(policy))
                     add_completion_scoring(unwrapped, self.temperature, self.args.cast_lm_head_to_fp32)
+
+    def _num_regrouped(self) -> int:
+        """Among how many micro-batches rows may change places, so that those of one prompt meet.
+
+        Rows stay within their optimizer step, and where a term of the loss depends on which rows share a micro-batch,
+        within that: the steps are those of TRL then. `shared_prefix="on"` regroups the whole generation batch.
+        """
+        args = self.args
+        if args.shared_prefix == "on":
+            return args.steps_per_generation
+        # The load-balancing loss of experts, the entropy bonus and 'bnpo' are means over a micro-batch
+        terms = {
+            "loss_type='bnpo'": self.loss_type == "bnpo",
+            "top_entropy_quantile": self.top_entropy_quantile < 1,
+            "the entropy bonus": self._entropy_bonus_enabled,
+            "the load-balancing loss": self.aux_loss_enabled,
+        }
+        dependent = [name for name, is_used in terms.items() if is_used]
+        if dependent and args.steps_per_generation > 1:
+            logger.warning(
+                f"Shared prefix: rows stay in TRL's micro-batches, where only few share a prompt, as each of them is "
+                f"normalized by itself by {' and '.join(dependent)}. `shared_prefix='on'` regroups them all the same."
+            )
+            return 1
+        return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
 
     def _prepare_teacher(self, teacher: str | PreTrainedModel) -> None:
         self._window = AccumulationWindow(self.accelerator)
@@ -368,7 +402,12 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if not (self.sharing.is_on and self._has_new_rollouts):
             return inputs
         self._has_new_rollouts = False
-        self._buffered_inputs = regroup(self._buffered_inputs)
+        if self._regrouped > 1:
+            batches = self._buffered_inputs
+            starts = range(0, len(batches), self._regrouped)
+            self._buffered_inputs = [
+                batch for start in starts for batch in regroup(batches[start : start + self._regrouped])
+            ]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -486,12 +525,30 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
             self._student_forward = None
         terms = {"GRPO": loss}
         if self._distills:
+            if forward.output is None:
+                self._score_for_teacher(model, inputs, forward)
             terms["teacher"] = self._teacher_term(inputs, forward.tokens)
             self._log_teacher_term(inputs, forward.tokens, terms)
             loss = loss + terms["teacher"]
         if self.model.training:
             self._nonfinite_guard.observe(self.state.global_step + 1, inputs, terms, forward.output)
         return loss
+
+    def _score_for_teacher(self, model: nn.Module, inputs: dict[str, Any], forward: _StudentForward) -> None:
+        """The student's forward for the teacher term alone, where a subclass has log-probabilities of its own."""
+        if not self._scores_twice:
+            self._scores_twice = True
+            logger.warning(
+                f"`{type(self).__name__}` computes its own log-probabilities: the teacher term takes a second forward "
+                "of the student. Call `super()._get_per_token_logps_and_entropies` to have one forward for both."
+            )
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        self._student_forward = forward
+        try:
+            DGRPOTrainer._get_per_token_logps_and_entropies(self, model, ids, mask, inputs["completion_ids"].size(1))
+        finally:
+            self._student_forward = None
 
     def _teacher_term(self, inputs: dict[str, Any], tokens: DistilledTokens) -> Tensor:
         """The weighted divergence of a micro-batch, normalized as `loss_type` normalizes the GRPO term."""

@@ -160,6 +160,7 @@ HELPERS = (
 # Of a `GRPOTrainer`, not in its documentation
 ATTRIBUTES = {
     "_batch_environments": "the environment of each row, whose tools its prompt describes",
+    "_entropy_bonus_enabled": "whether the loss has a term that is a mean over a micro-batch",
     "_buffered_inputs": "the micro-batches of a generation batch: read and replaced, to regroup them",
     "_get_output_dir": "the folder of the checkpoints",
     "_last_loaded_step": "the step whose weights vLLM has: reset where the server has others",

@@ -4,12 +4,13 @@ import json
 
 import pytest
 from conftest import build_tokenizer, length_reward
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 
 import dgrpo_trl.trainer
 from dgrpo_trl import DGRPOConfig, DGRPOTrainer
 from dgrpo_trl.chat import escape_special_tokens
+from dgrpo_trl.checks import image_problems
 from dgrpo_trl.data_loading import load_rows
 from dgrpo_trl.positions import stated_positions
 
@@ -136,6 +137,19 @@ def test_images(make_trainer, make_model, no_weights):
         make_trainer(DGRPOTrainer, teacher_model=make_model(seed=1), train_dataset=rows)
 
 
+@pytest.mark.parametrize("empty", [None, []], ids=["none", "no image"])
+def test_a_column_of_images_that_is_empty_in_every_row_is_no_image(make_trainer, make_model, empty):
+    rows = Dataset.from_dict(
+        {"prompt": [PROMPT] * 4, "images": [empty] * 4},
+        features=Features(
+            {"prompt": [{"role": Value("string"), "content": Value("string")}], "images": List(Image())}
+        ),
+    )
+    assert image_problems({"rows": rows}) == []
+    if empty is not None:  # TRL itself takes `None` for images
+        make_trainer(DGRPOTrainer, teacher_model=make_model(seed=1), train_dataset=rows, max_steps=1).train()
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_rows(str(tmp_path / "nothing.jsonl"))
@@ -201,7 +215,7 @@ def test_no_teacher(make_trainer, no_weights):
 
 
 def test_neither_reward_nor_teacher(make_trainer, no_weights):
-    with pytest.raises(ValueError, match="neither a reward function nor a teacher"):
+    with pytest.raises(ValueError, match="No reward source provided. Pass `reward_funcs`, or an `env"):
         make_trainer(DGRPOTrainer, distill_coef=0.0, reward_funcs=None)
 
 

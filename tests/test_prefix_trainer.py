@@ -80,14 +80,19 @@ def rollout_func(tokenizer):
         {"per_device_train_batch_size": 12, "gradient_checkpointing": True},
         {"steps_per_generation": 4, "gradient_accumulation_steps": 4, "loss_type": "dr_grpo"},
         {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "per_device_train_batch_size": 8},
+        {"shared_prefix": "auto", "gradient_accumulation_steps": 2, "loss_type": "bnpo"},
+        {"shared_prefix": "auto", "gradient_accumulation_steps": 2, "top_entropy_quantile": 0.5},
+        {"shared_prefix": "auto", "gradient_accumulation_steps": 2, "entropy_coef": 0.1},
+        {"shared_prefix": "auto", "gradient_accumulation_steps": 2, "steps_per_generation": 4},
     ],
     ids=lambda options: ", ".join(options) or "default",
 )
 def test_training_equals_grpo_trainer(make_trainer, make_model, tokenizer, tmp_path, packed_tokens, options):
     make_model().save_pretrained(tmp_path / "student")  # a reference model is loaded by name
     tokenizer.save_pretrained(tmp_path / "student")
-    trainers = []
-    for trainer_class, extra in ((DGRPOTrainer, {"distill_coef": 0.0, "shared_prefix": "on"}), (GRPOTrainer, {})):
+    trainers, options = [], copy.deepcopy(options)
+    sharing = {"distill_coef": 0.0, "shared_prefix": options.pop("shared_prefix", "on")}
+    for trainer_class, extra in ((DGRPOTrainer, sharing), (GRPOTrainer, {})):
         torch.manual_seed(0)
         trainer = make_trainer(
             trainer_class,
@@ -108,10 +113,15 @@ def test_training_equals_grpo_trainer(make_trainer, make_model, tokenizer, tmp_p
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
-def test_a_mixture_of_experts_with_its_auxiliary_loss_equals_grpo_trainer(make_trainer, make_model, tokenizer):
-    options = {"per_device_train_batch_size": 8, "mask_truncated_completions": True, "max_steps": 3}
+@pytest.mark.parametrize(
+    "sizes",
+    [{"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}],
+    ids=["one micro-batch", "two"],
+)
+def test_a_mixture_of_experts_with_its_auxiliary_loss_equals_grpo_trainer(make_trainer, make_model, tokenizer, sizes):
+    options = {"mask_truncated_completions": True, "max_steps": 3, **sizes}
     trainers = []
-    for trainer_class, extra in ((DGRPOTrainer, {"distill_coef": 0.0, "shared_prefix": "on"}), (GRPOTrainer, {})):
+    for trainer_class, extra in ((DGRPOTrainer, {"distill_coef": 0.0, "shared_prefix": "auto"}), (GRPOTrainer, {})):
         trainer = make_trainer(
             trainer_class,
             make_model("Qwen3Moe", **EXPERTS),
@@ -230,6 +240,16 @@ def test_groups_stay_together_and_the_random_state_is_that_of_trl(make_trainer):
         distinct.append([len({row[0] for row in rows[i : i + 4]}) for i in range(0, 16, 4)])
     assert torch.equal(*states) and contents[0] == contents[1]
     assert distinct[0] == [1, 1, 1, 1] and max(distinct[1]) > 1
+
+
+def test_rows_that_must_stay_in_their_micro_batches_are_named(make_trainer, seen_logs):
+    options = {"distill_coef": 0.0, "gradient_accumulation_steps": 2, "loss_type": "bnpo"}
+    make_trainer(DGRPOTrainer, **options)
+    assert seen_logs.text.count("normalized by itself by loss_type='bnpo'.") == 1
+    seen_logs.clear()
+    make_trainer(DGRPOTrainer, **options | {"shared_prefix": "on"})
+    make_trainer(DGRPOTrainer, **options | {"gradient_accumulation_steps": 1})
+    assert "normalized by itself" not in seen_logs.text
 
 
 @pytest.mark.parametrize("shared_prefix", ["on", "off"])

@@ -28,6 +28,10 @@ def look_up(name: str) -> str:
     return INJECTION
 
 
+def index_reward(completions, **kwargs):
+    return [float(i) for i in range(len(completions))]
+
+
 class Harbor:
     """An environment whose observation and tool return control tokens."""
 
@@ -51,12 +55,14 @@ class Harbor:
 def make(make_model, tmp_path, monkeypatch):
     """Builds a trainer whose model calls a tool in its first turn, and records what each turn is given."""
 
-    def build(trainer_class=DGRPOTrainer, call="look_up", positions=4096, rows=None, answer="4821", **options):
+    def build(
+        trainer_class=DGRPOTrainer, call="look_up", positions=4096, rows=None, reward_funcs=index_reward, **options
+    ):
         tokenizer = build_tokenizer()
         tokenizer.chat_template = qwen3_chat_template
         turns = []
         calls = json.dumps({"name": call, "arguments": {"name": "Antonio"}})
-        texts = [f"<tool_call>\n{calls}\n</tool_call><|im_end|>", f"{answer}<|im_end|>"]
+        texts = [f"<tool_call>\n{calls}\n</tool_call><|im_end|>", "4821<|im_end|>"]
 
         def generate(self, prompt_ids, *args, **kwargs):
             text = texts[min(len(turns), 1)]
@@ -66,15 +72,16 @@ def make(make_model, tmp_path, monkeypatch):
         monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
         names = ("tools", "environment_factory", "teacher_model", "rollout_func")
         arguments = {name: options.pop(name) for name in names if name in options}
-        if trainer_class is DGRPOTrainer and "teacher_model" not in arguments:
+        if "teacher_model" not in arguments:
             options["distill_coef"] = 0.0
-        trainer = trainer_class(
+        trainer = DGRPOTrainer(
             model=make_model(max_position_embeddings=positions),
-            reward_funcs=lambda completions, **kwargs: [float(i) for i in range(len(completions))],
+            reward_funcs=reward_funcs,
             args=DGRPOConfig(
                 str(tmp_path),
                 num_generations=4,
                 max_steps=1,
+                logging_steps=1,
                 report_to="none",
                 bf16=False,
                 use_cpu=True,
@@ -148,3 +155,23 @@ def test_environments_with_a_teacher_prompt_on_some_rows(make, make_model, facto
     )
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+class Paid(Harbor):
+    def get_reward(self) -> float:
+        return 2.0
+
+
+@pytest.mark.parametrize("factory", [Harbor, Paid])
+def test_an_environment_and_a_teacher_without_reward_functions(make, make_model, factory):
+    teacher = make_model(seed=1, max_position_embeddings=4096)
+    trainer = make(environment_factory=factory, call="sail", reward_funcs=None, teacher_model=teacher)
+    trainer.train()
+    rewards = [entry.get("rewards/Paid/mean") for entry in trainer.state.log_history if "loss" in entry]
+    assert rewards == ([2.0] if factory is Paid else [None])
+    assert not any("no_reward" in name for entry in trainer.state.log_history for name in entry)
+
+
+def test_an_environment_without_any_rewards_is_trls_error(make):
+    with pytest.raises(ValueError, match="No reward source provided"):
+        make(environment_factory=Harbor, reward_funcs=None)
