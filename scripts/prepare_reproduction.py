@@ -8,11 +8,13 @@ Writes `model/` and `data/{cold_start,teacher,train,test,short}.jsonl` to `outpu
 holds short questions without a document, which nothing is trained on: do the methods keep what the model knew?
 """
 
-import argparse
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from prepare_demo import SYSTEM_MESSAGE, add_downloads, prepare
+from prepare_demo import SYSTEM_MESSAGE, PreparationArguments, prepare
+
+from dgrpo_trl.cli.arguments import parse_arguments
 
 
 # Questions for the cold start, for the teacher, for the methods; each recipe sees those of its file once
@@ -50,13 +52,18 @@ def short_rows(seed: int) -> list[dict]:
     ]
 
 
+@dataclass
+class ReproductionArguments(PreparationArguments):
+    """Where to write, and for which size."""
+
+    size: str = field(default="cpu", metadata={"help": "Size of the comparison.", "choices": list(NUM_ROWS)})
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "Folder to write to, by default outputs/reproduce-SIZE."}
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=list(NUM_ROWS), default="cpu", help="size of the comparison")
-    parser.add_argument("--output_dir", type=Path, default=None, help="default: outputs/reproduce-SIZE")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of their order")
-    add_downloads(parser)
-    args = parser.parse_args()
+    (args,) = parse_arguments((ReproductionArguments,), description=__doc__)
     train, test = (f"reproduce_{args.size}_{name}" for name in ("train", "test"))
 
     def split(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:

@@ -11,16 +11,16 @@ Writes `comparison/` (long questions, curves of training) and `short/` (what the
 `outputs/reproduce-<size>`: each a table, JSON and one page, and `comparison/curves.png`.
 """
 
-import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from stages import RECIPES, Project, Stage, has_bf16_instructions, run_stages
 
+from dgrpo_trl.cli.arguments import exit_with_message, parse_arguments
 from dgrpo_trl.evaluation.compare.figures import draw_lines
 
 
@@ -159,18 +159,31 @@ def plot_curves(comparison: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=["cpu", "gpu"], default="cpu", help="two cores, or one GPU of 80 GB")
-    parser.add_argument("--output_dir", type=Path, default=None, help="default: outputs/reproduce-SIZE")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
-    parser.add_argument("--ablation_seeds", type=int, default=1, help="seeds of each ablation; 0 leaves them out")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.ablation_seeds < 0:
-        parser.error("`--seeds` must be at least 1 and `--ablation_seeds` at least 0.")
-    if args.size == "gpu" and not torch.cuda.is_available():
-        parser.error("`--size gpu` needs a CUDA device, and there is none. Take `--size cpu`.")
+@dataclass
+class ReproduceArguments:
+    """Where to write, and what to compare."""
 
+    size: str = field(
+        default="cpu", metadata={"help": "Two CPU cores, or one GPU of 80 GB.", "choices": ["cpu", "gpu"]}
+    )
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "Folder to write to, by default outputs/reproduce-SIZE."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Seeds of each method."})
+    ablation_seeds: int = field(default=1, metadata={"help": "Seeds of each ablation; 0 leaves them out."})
+
+    def __post_init__(self):
+        if self.seeds < 1 or self.ablation_seeds < 0:
+            raise ValueError(
+                f"`seeds` is {self.seeds} and `ablation_seeds` {self.ablation_seeds}. Give at least 1 and at least 0."
+            )
+        if self.size == "gpu" and not torch.cuda.is_available():
+            raise ValueError("`size` is 'gpu', and this machine has no CUDA device. Choose 'cpu'.")
+
+
+def main() -> None:
+    with exit_with_message(ValueError):
+        (args,) = parse_arguments((ReproduceArguments,), description=__doc__)
     output_dir = args.output_dir or Path(f"outputs/reproduce-{args.size}")
     bf16 = args.size == "gpu" or has_bf16_instructions()
     stages = Comparison(args.size, output_dir, args.seeds, args.ablation_seeds, bf16).stages()
