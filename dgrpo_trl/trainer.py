@@ -414,6 +414,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         if self.log_completions and any("answer" in row for row in inputs):
             # A name that no `log_extra` of a reward function has
             self._log_completion_extra("dataset/answer", [row.get("answer") for row in inputs])
+        columns = {"image", "images"} & inputs[0].keys()
+        if columns and not any(row.get(column) for row in inputs for column in columns):
+            inputs = [{**row, "images": []} for row in inputs]  # TRL takes `None` for an image
         rollouts = super()._generate_and_score_completions(inputs)
         is_training = self._has_new_rollouts = self.model.training
         if not self._distills:
