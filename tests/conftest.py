@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and a data set, all made here: no network, no weights."""
 
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 
+ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

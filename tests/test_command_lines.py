@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from test_recipes import ROOT
+from conftest import ROOT
 
 from dgrpo_trl.cli.arguments import parse_arguments, split_command_line
 from dgrpo_trl.recipe import override, read_recipe

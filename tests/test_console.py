@@ -8,8 +8,7 @@ import sys
 import warnings
 
 import pytest
-from conftest import build_model
-from test_recipes import ROOT
+from conftest import ROOT, build_model
 
 from dgrpo_trl import DGRPOTrainer
 from dgrpo_trl.run.console import KNOWN_WARNINGS, quiet_known_warnings

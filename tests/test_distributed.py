@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import build_model
+from conftest import ROOT, build_model
 from distributed_job import TIMEOUT_SECONDS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 from dgrpo_trl.run.checkpoints import latest_checkpoint
 
 
-ROOT = Path(__file__).parent.parent
 # DeepSpeed compiles an operator at first use. In the home directory, a process killed meanwhile leaves a lock that all
 # later ones wait for, and another checkout compiles it anew for itself
 EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import build_model
+from conftest import ROOT, build_model
 from datasets import Dataset
 from pydantic import TypeAdapter
 from test_command_lines import help_of
 from test_prefix import errors, tiny_model
-from test_recipes import ROOT, parse_training
+from test_recipes import parse_training
 
 from dgrpo_trl import DGRPOConfig
 from dgrpo_trl.cli.arguments import parse_arguments

@@ -5,16 +5,15 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTENDED = ("accelerate", "datasets", "peft", "transformers", "trl")
 EXTRAS_OF_OTHERS = {"trl": ("", "deepspeed", "peft", "vllm"), "math-verify": ("antlr4-13-2",)}

@@ -4,21 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import build_model
+from conftest import ROOT, build_model
 from hub_server import TOKEN, HubServer, Repository
 from test_longblocks_build import build, rows_of, write_config, write_documents
 from test_longblocks_load import book, row
 from test_scripts import FLAGS
 
 from dgrpo_trl.longblocks import load_longblocks
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

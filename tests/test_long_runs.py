@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, length_reward
+from conftest import ROOT, build_model, length_reward
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_recipes import ROOT
 from transformers import TrainerCallback
 from trl import SFTConfig
 

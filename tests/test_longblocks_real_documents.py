@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ROOT
 
 from dgrpo_trl.longblocks import Builder, load_config
 
 
-ROOT = Path(__file__).parents[1]
 JARGON = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
 MANUALS = sorted(Path("/usr/share/debian-reference").glob("debian-reference.*.txt.gz"))
 

@@ -20,11 +20,10 @@ import openai
 import pytest
 import yaml
 from chat_server import ChatServer
+from conftest import ROOT
 
 from dgrpo_trl.longblocks import Builder, load_config
 
-
-ROOT = Path(__file__).parents[1]
 
 # Of prose the model's answers come to an end; of code they go on until they are cut off
 PROSE = {

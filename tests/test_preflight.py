@@ -5,10 +5,9 @@ import re
 
 import pytest
 import yaml
-from conftest import build_model, build_tokenizer
+from conftest import ROOT, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
-from test_recipes import ROOT
 from transformers import AutoConfig, Qwen3Config
 from trl import SFTConfig
 

@@ -4,11 +4,11 @@ import functools
 import itertools
 import math
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
 from trl import ModelConfig, SFTConfig
 
 from dgrpo_trl import DGRPOConfig
@@ -19,7 +19,6 @@ from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.longblocks import load_config
 
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml"))
 BUILDS = [path for path in RECIPES if path.parent.name == "longblocks"]
 ACCELERATE = [path for path in RECIPES if path.parent.name == "accelerate_configs"]

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import build_model
-from test_recipes import ROOT
+from conftest import ROOT, build_model
 
 
 SMOLLM2 = ROOT / "recipes" / "smollm2-135m"

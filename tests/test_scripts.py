@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import build_model
+from conftest import ROOT, build_model
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_recipes import CONFIGS, ROOT
+from test_recipes import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from dgrpo_trl.cli import train_dgrpo, train_sft

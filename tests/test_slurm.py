@@ -9,9 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import build_model
+from conftest import ROOT, build_model
 from test_distributed import ENVIRONMENT, free_port, needs_deepspeed
-from test_recipes import ROOT
 
 
 SBATCH = ROOT / "recipes" / "slurm" / "train.sbatch"
