@@ -58,7 +58,7 @@ class DGRPOConfig(GRPOConfig):
         metadata={
             "help": "Column of the data set with a prompt that only the teacher reads. Where a row has one, the "
             "teacher scores the student's completion under it; elsewhere, and always if this is None, it reads the "
-            "student's prompt, which is the paper's method."
+            "student's prompt, which is the paper's method. What an environment observes is not added to it."
         },
     )
     teacher_offload: str | None = field(
