@@ -110,7 +110,7 @@ def test_branches_pull_requests_and_refusals(hub, run, built):
     branches = hub.repositories["datasets/me/set"].branches
     assert not branches["main"] and branches["v2"] == branches["refs/pr/2"] and len(branches["v2"]) == 3
     assert branch.startswith(f"URL {hub.url}/datasets/me/set/commit/") and pull_request.startswith("URL ")
-    assert "there and public" in refused and public.startswith("URL ")
+    assert "exists and is public" in refused and public.startswith("URL ")
     assert len(hub.repositories["datasets/me/public"].commits) == 1
 
     hub.requests.clear()

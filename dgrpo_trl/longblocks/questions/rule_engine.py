@@ -46,7 +46,7 @@ STAGE = "questions"
 _ATTEMPTS = 8
 
 # Words of which it is not certain whether they are whole: "couldn't", "well-known", and one that a hyphen parts
-_JOINED = re.compile(r"\w+(?:['’‐‑-](?:[ \t]*\r?\n[ \t]*)?\w+)+")
+_JOINED = re.compile(r"(?<!\w)\w+(?:['’‐‑-](?:[ \t]*\r?\n[ \t]*)?\w+)+")
 # Accents that are characters of their own, soft hyphens and other invisible characters
 _MARKS = ("Mn", "Mc", "Me", "Cf")
 
