@@ -2,10 +2,10 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,11 +19,25 @@ import pytest
 import yaml
 from chat_server import FAULTS, ChatServer
 
-from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks
+from dgrpo_trl.cli.build_longblocks import main
+from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks, reasons
 from dgrpo_trl.longblocks.builder.part_stages import ordered_map
 from dgrpo_trl.longblocks.builder.store import KEPT_SCHEMA, Store
+from dgrpo_trl.longblocks.records import Drop
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "dgrpo_trl.cli.build_longblocks",
+        "dgrpo_trl.longblocks.builder.builder",
+        "matplotlib.figure",
+        "datasketch",
+        "ftfy",
+    ]
+)
+# Does not load the model that recognizes languages
+QUICK = {"cleaning": {"min_tokens": 100, "identify_language": False}, "verification": {"language": False}}
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_longblocks.py"
 WORDS = "river stone cloud meadow lantern winter garden shadow bridge silver copper thunder harvest candle".split()
 
@@ -122,6 +136,18 @@ def test_nothing_is_left_out_without_a_reason(built):
     for before, after in (("sources", "deduplication"), ("verification", "responses"), ("decontamination", "mixing")):
         assert stages[before]["kept"] == stages[after]["kept"] + sum(stages[after]["dropped"].values())
     assert stages["questions"]["kept"] + sum(stages["questions"]["dropped"].values()) == 2 * 10
+
+
+def test_every_reason_is_explained_and_every_explanation_has_a_reason(tmp_path):
+    with pytest.raises(ValueError, match="'blocks' left something out for boredom, .*reasons.py"):
+        Store(tmp_path).write("blocks", "a", KEPT_SCHEMA, [], [Drop("blocks", "s", "1", "boredom")], 1)
+    for reason in ("truncated", "verification_truncated", "no_verdict", "verification_no_verdict"):
+        assert reasons.is_known("verification", reason)
+    package = Path(reasons.__file__).parent
+    code = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "reasons.py")
+    explained = {reason for table in (*reasons.REASONS.values(), reasons.READING_REASONS) for reason in table}
+    assert not [r for r in explained if f'"{r.removeprefix("verification_")}"' not in code and f"'{r}'" not in code]
+    assert set(reasons.REASONS) == set(STAGES)
 
 
 def test_the_card_and_the_loader_read_what_was_built(built):
@@ -460,8 +486,40 @@ def test_a_poor_writer_is_rejected_row_by_row(tmp_path):
     assert set(verification["dropped"]) <= reasons
 
 
-def test_a_build_killed_again_and_again_is_the_undisturbed_one(tmp_path):
-    """Kill -9 at 30 random moments: the same rows, none twice, and no finished request paid for twice."""
+def start_build(config, folder):
+    """The command in a process of its own, forked from one that has its modules loaded: it starts at once."""
+    process = FORKS.Process(target=main, args=(["--config", str(config), "--output_dir", str(folder)],))
+    process.start()
+    return process
+
+
+def build_undisturbed(config, folder):
+    """Seconds that a build takes."""
+    warm_up = FORKS.Process(target=len, args=("",))
+    warm_up.start()
+    warm_up.join()
+    started = time.monotonic()
+    process = start_build(config, folder)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+def is_killed(config, folder, seconds):
+    """Starts a build and kills it after some time; `False` if it had finished."""
+    process = start_build(config, folder)
+    process.join(seconds)
+    if process.exitcode is not None:
+        assert process.exitcode == 0
+        return False
+    process.kill()
+    process.join()
+    return True
+
+
+@pytest.mark.parametrize(("num_kills", "num_documents"), [(8, 24), pytest.param(30, 60, marks=pytest.mark.slow)])
+def test_a_build_killed_again_and_again_is_the_undisturbed_one(num_kills, num_documents, tmp_path):
+    """Kill -9 at random moments: the same rows, none twice, and no finished request paid for twice."""
     lock = threading.Lock()
     sent_whole = Counter()
 
@@ -472,58 +530,37 @@ def test_a_build_killed_again_and_again_is_the_undisturbed_one(tmp_path):
             sent_whole[json.dumps(request, sort_keys=True)] += 1
         return answer
 
-    documents = write_documents(tmp_path, 60, num_paragraphs=8)
     with ChatServer(reply) as server:
-        config = write_config(tmp_path, documents, **llm_sections(server.url))
-        command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir"]
-        subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+        documents = write_documents(tmp_path, num_documents, num_paragraphs=8)
+        config = write_config(tmp_path, documents, **{**QUICK, **llm_sections(server.url)})
+        seconds = build_undisturbed(config, tmp_path / "whole")
         num_requests = len(sent_whole)
         sent_whole.clear()
-        rng, num_kills, in_flight = random.Random(0), 0, 0
-        while num_kills < 30:
-            process = subprocess.Popen(
-                [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            try:
-                process.wait(rng.uniform(0.9, 2.6))
-                assert process.returncode == 0
-                # Finished: take the last stages away, and more of them each time
-                folder = tmp_path / "killed" / "work"
-                for stage in rng.sample(["questions", "responses", "verification", "mixing", "blocks"], 2):
-                    parts = sorted((folder / stage).iterdir())
-                    for part in rng.sample(parts, len(parts) // 2):
-                        os.rename(part, part.with_name(f".{part.name}"))  # as a kill leaves it
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                num_kills += 1
-                in_flight += 16
-        subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+        rng, num_killed = random.Random(0), 0
+        while num_killed < num_kills:
+            if is_killed(config, tmp_path / "killed", rng.uniform(0, seconds)):
+                num_killed += 1
+                continue
+            # Finished: take parts of some stages away
+            folder = tmp_path / "killed" / "work"
+            for stage in rng.sample(["questions", "responses", "verification", "mixing", "blocks"], 2):
+                parts = sorted((folder / stage).iterdir())
+                for part in rng.sample(parts, len(parts) // 2):
+                    os.rename(part, part.with_name(f".{part.name}"))  # as a kill leaves it
+        build_undisturbed(config, tmp_path / "killed")
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     assert len(sent_whole) == num_requests
     # What was in flight when a process died was not finished; nothing else is asked again
-    assert sum(sent_whole.values()) - num_requests <= in_flight
+    assert sum(sent_whole.values()) - num_requests <= 16 * num_kills
 
 
 def test_a_build_by_rule_killed_again_and_again_is_the_undisturbed_one(tmp_path):
-    documents = write_documents(tmp_path, 120, num_paragraphs=10)
-    config = write_config(tmp_path, documents)
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    rng, num_kills = random.Random(1), 0
-    while num_kills < 4:
-        process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            process.wait(rng.uniform(1.0, 2.0))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            num_kills += 1
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    assert num_kills >= 1 and rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    config = write_config(tmp_path, write_documents(tmp_path, 60, num_paragraphs=10), **QUICK)
+    seconds = build_undisturbed(config, tmp_path / "whole")
+    rng = random.Random(1)
+    kills = [is_killed(config, tmp_path / "killed", rng.uniform(0, 0.6 * seconds)) for _ in range(4)]
+    build_undisturbed(config, tmp_path / "killed")
+    assert any(kills) and rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
 
 
 def test_results_come_in_order_with_so_many_under_way():
@@ -544,31 +581,28 @@ def test_results_come_in_order_with_so_many_under_way():
     assert most == 5
 
 
-def test_the_script_takes_every_key_that_is_set(tmp_path):
+def message_of(*arguments):
+    """What the command ends with, instead of a traceback."""
+    with pytest.raises(SystemExit) as error:
+        main([*map(str, arguments)])
+    return error.value.code
+
+
+def test_the_command_takes_every_key_that_is_set(tmp_path):
     config = write_config(tmp_path, tmp_path / "none")
-    command = [sys.executable, str(SCRIPT), "--config", str(config)]
-    command += ["--cleaning.first", "1", "--mixing.second=1", "--sources.0.max_document", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1
-    assert all(f"{key}`" in result.stderr for key in ("cleaning.first", "mixing.second", "jsonl.max_document"))
-    assert "Did you mean `max_documents`?" in result.stderr
+    keys = ["--cleaning.first", "1", "--mixing.second=1", "--sources.0.max_document", "1"]
+    message = message_of("--config", config, *keys)
+    assert all(f"{key}`" in message for key in ("cleaning.first", "mixing.second", "jsonl.max_document"))
+    assert "Did you mean `max_documents`?" in message
 
 
-def test_the_script_names_a_folder_that_cannot_be_written_in_one_line(tmp_path):
+def test_the_command_names_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     config = write_config(tmp_path, write_documents(tmp_path, 2))
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir", str(tmp_path / "file" / "out")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr and "Not a directory" in result.stderr
+    assert "Not a directory" in message_of("--config", config, "--output_dir", tmp_path / "file" / "out")
 
 
-def test_the_script_names_a_mistake_in_one_line(tmp_path):
+def test_the_command_names_a_mistake(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nquestions: {engine: none}\n")
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(tmp_path / "bad.yaml"), "--dry_run"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "mistakes" in result.stderr and "`questions" in result.stderr and "`sources`" in result.stderr
+    message = message_of("--config", tmp_path / "bad.yaml", "--dry_run")
+    assert "mistakes" in message and "`questions" in message and "`sources`" in message
