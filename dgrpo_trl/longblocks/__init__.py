@@ -5,34 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from ..data_loading import DropCounts
-    from .builder.builder import Builder
-    from .builder.config import STAGES, BuildConfig, load_config
-    from .questions.blocks import Block, split_blocks
-    from .questions.rule_engine import TASKS
-    from .read.books import BookCache
-    from .read.conversations import load_conversations
-    from .read.mixing import mix_short_and_long
-    from .read.questions import load_longblocks
-    from .read.splitting import split_by_id
-    from .sources.corpora import CORPORA
-
-__all__ = [
-    "CORPORA",
-    "STAGES",
-    "TASKS",
-    "Block",
-    "BookCache",
-    "BuildConfig",
-    "Builder",
-    "DropCounts",
-    "load_config",
-    "load_conversations",
-    "load_longblocks",
-    "mix_short_and_long",
-    "split_blocks",
-    "split_by_id",
-]
+    from ..data_loading import DropCounts as DropCounts
+    from .builder.builder import Builder as Builder
+    from .builder.config import STAGES as STAGES
+    from .builder.config import BuildConfig as BuildConfig
+    from .builder.config import load_config as load_config
+    from .questions.blocks import Block as Block
+    from .questions.blocks import split_blocks as split_blocks
+    from .questions.rule_engine import TASKS as TASKS
+    from .read.books import BookCache as BookCache
+    from .read.conversations import load_conversations as load_conversations
+    from .read.mixing import mix_short_and_long as mix_short_and_long
+    from .read.questions import load_longblocks as load_longblocks
+    from .read.splitting import split_by_id as split_by_id
+    from .sources.corpora import CORPORA as CORPORA
 
 _MODULES = {
     "CORPORA": "sources.corpora",

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,7 +193,7 @@ def render_card(
     evaluation_sets: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
 ) -> str:
-    """The card as text: metadata of the Hub, tables, what was checked and what was not, and how to build it again.
+    """The card as text, see `card_template.md`: metadata of the Hub, tables, what was checked, how to build it again.
 
     Names that come from the sources cannot break out of their place: neither Markdown nor HTML in them has an effect.
 
@@ -239,7 +239,7 @@ def render_card(
     versions = _installed_versions() if versions is None else versions
     card = DatasetCard.from_template(
         data,
-        template_str=_TEMPLATE,
+        template_str=resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
         title=_text(config.pretty_name),
         summary=config.summary,
         rows=f"{statistics.num_rows:,}",
@@ -333,117 +333,3 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-_TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ rows }} questions on long documents, with the answers and the blocks of the document that each answer rests on, \
-built with `dgrpo-trl` in the form of [LongBlocks](https://huggingface.co/datasets/utter-project/LongBlocks).
-{% if summary %}
-{{ summary }}
-{% endif %}
-## Contents
-
-{{ counts }}
-
-## Lengths
-
-{{ lengths }}
-{% if figure %}
-![Rows by length of the document]({{ figure }})
-{% endif %}
-## Columns
-
-| column | what it holds |
-| --- | --- |
-| `id` | names the row by its content; where the document is missing, the document's id in its source |
-| `document` | the text to read, or nothing where the source may not be passed on |
-| `source`, `language` | where the document is from, and its two-letter language code |
-| `question`, `answer` | the question, and its reference answer |
-| `response_*` | what a teacher model answered with the whole document before it |
-| `task` | kind of question |
-| `evidence` | blocks that the answer rests on: `document[start:end]`, in characters |
-| `document_sha256` | hex digest of the document in UTF-8, with which a document joined again is checked |
-| `checks` | what each check of the row found |
-
-## How it was made
-
-{% if engine == "rule" -%}
-The questions were written by rule, without a language model. Their answers are certain by construction.
-{%- else -%}
-The questions and answers were written by a language model that had the document before it.
-{%- endif %}
-{% if models %}
-{{ models }}
-{% endif %}
-## What was left out
-
-{% if drops -%}
-{{ drops }}
-{%- else -%}
-Nothing.
-{%- endif %}
-
-## Limits
-
-{% if engine == "rule" -%}
-- The questions are synthetic and have few forms. They train finding and combining what a text says; nobody would ask \
-them.
-{% else -%}
-- Questions, answers and evidence are a model's. They can be wrong in ways that the checks do not see.
-{% endif -%}
-{% if checks -%}
-- Rows were checked as the next table says; a row that left for a check is counted above. No person has read them all.
-{% else -%}
-- No check was run on the rows after they were made, and no person has read them all.
-{% endif -%}
-{% if evaluation_sets -%}
-- Overlap by n-gram was looked for with {{ evaluation_sets }}, and with nothing else. It does not find a paraphrase.
-{% else -%}
-- Overlap with evaluation sets was not looked for.
-{% endif -%}
-- The documents say what their authors said, errors and prejudice included.
-{% if checks %}
-{{ checks }}
-{% endif %}
-## License
-
-{% if set_license == "other" -%}
-No single license covers the set: see the table. Where the license of a document is not known, find it out before you \
-use its rows.
-{%- else -%}
-The set is under `{{ set_license }}`. Documents keep the licenses of their sources:
-{%- endif %}
-
-{{ licenses }}
-{% if num_without_document %}
-{{ num_without_document }} rows have no `document`, as its source may not be passed on. With a copy of the source, \
-`dgrpo_trl.longblocks.load_longblocks(..., books=...)` joins it again by `id` and checks it.
-{% endif %}
-## Building it again
-
-Configuration `{{ fingerprint }}`, with {{ versions }}.
-
-{{ command }}
-
-{{ recipe }}
-
-## Citation
-
-The form of the set, and the method that it is made for:
-
-```bibtex
-@misc{ramos2026longcontext,
-  title = {Combining On-Policy Optimization and Distillation for Long-Context Reasoning in Large Language Models},
-  author = {Ramos and Alves and Martins},
-  year = {2026},
-  eprint = {2605.12227},
-  archivePrefix = {arXiv},
-}
-```
-"""

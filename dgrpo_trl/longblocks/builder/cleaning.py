@@ -23,32 +23,10 @@ STAGE = "sources"
 
 # Control tokens of common tokenizers, for a build that has none
 WELL_KNOWN_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<s>",
-    "</s>",
-    "<bos>",
-    "<eos>",
-    "<pad>",
-    "<unk>",
-    "[INST]",
-    "[/INST]",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-)
+    "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> "
+    "<|eot_id|> <|system|> <|user|> <|assistant|> <s> </s> <bos> <eos> <pad> <unk> [INST] [/INST] <start_of_turn> "
+    "<end_of_turn> <think> </think> <tool_call> </tool_call>"
+).split()
 
 _GUTENBERG_START = re.compile(
     r"^.*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^.*\*END\*? ?THE SMALL PRINT.*$", re.I | re.M

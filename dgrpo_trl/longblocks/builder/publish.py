@@ -44,7 +44,7 @@ class PublishConfig(StrictModel):
     )
     repo_id: str | None = Field(default=None, description="Data set on the Hub, as `owner/name`.")
     private: bool = Field(default=True, description="Whether only its owners see it. False publishes it to everyone.")
-    revision: str | None = Field(default=None, description="Branch to upload to; made if it is not there.")
+    revision: str | None = Field(default=None, description="Branch to upload to; created if it does not exist.")
     create_pr: bool = Field(default=False, description="Open a pull request instead of changing the branch.")
     commit_message: str = Field(default="Upload LongBlocks", description="First line of the commit.")
 
@@ -145,7 +145,7 @@ def write_parquet(
         rows (`Iterable[Mapping]`):
             Rows of [`published_record`], in the order to write them.
         folder (`Path`):
-            Folder of the set; made if it is not there.
+            Folder of the set; created if it does not exist.
         models (`Sequence[str]`, *optional*):
             Teachers whose responses the set holds.
         split (`str`, *optional*, defaults to `"train"`):
@@ -245,34 +245,26 @@ class PushPlan:
     """What an upload sends, and where.
 
     Args:
-        repo_id (`str`, *optional*):
-            Data set on the Hub; `None` while it has no name.
-        is_private (`bool`):
-            Whether only its owners will see it.
-        revision (`str`, *optional*):
-            Branch; `None` is the main one.
-        create_pr (`bool`):
-            Whether a pull request is opened.
+        config ([`PublishConfig`]):
+            Where to.
         files (`dict[str, int]`):
             Size of each file, in bytes, by its path in the repository.
         url (`str`, *optional*):
             Where the commit is; `None` if nothing was uploaded.
     """
 
-    repo_id: str | None
-    is_private: bool
-    revision: str | None
-    create_pr: bool
+    config: PublishConfig
     files: dict[str, int]
     url: str | None = None
 
     def summary(self) -> str:
         """The plan as lines of text."""
+        config = self.config
         verb = "Would upload" if self.url is None else "Uploaded"
-        visibility = "private" if self.is_private else "PUBLIC"
-        where = f"{self.repo_id or '(no `repo_id` given)'} ({visibility}), branch {self.revision or 'main'}"
+        visibility = "private" if config.private else "PUBLIC"
+        where = f"{config.repo_id or '(no `repo_id` given)'} ({visibility}), branch {config.revision or 'main'}"
         lines = [f"{verb} {len(self.files)} files, {sum(self.files.values()):,} bytes, to {where}"]
-        if self.create_pr:
+        if config.create_pr:
             lines[0] += ", as a pull request"
         lines += [f"  {size:>15,}  {name}" for name, size in self.files.items()]
         return "\n".join(lines + ([] if self.url is None else [f"  {self.url}"]))
@@ -302,7 +294,7 @@ def push(folder: Path, config: PublishConfig, dry_run: bool = True) -> PushPlan:
         RuntimeError: If the Hub does not accept the token.
     """
     files = _published_files(folder)
-    plan = PushPlan(config.repo_id, config.private, config.revision, config.create_pr, files)
+    plan = PushPlan(config, files)
     if dry_run:
         logger.info(plan.summary())
         return plan

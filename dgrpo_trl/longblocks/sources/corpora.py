@@ -64,8 +64,6 @@ class Corpus:
             Licence of all documents; `None` where each has its own, or none is stated.
         kind (`str`, *optional*, defaults to `"text"`):
             As in [`Document`].
-        is_gated (`bool`, *optional*, defaults to `False`):
-            Whether its terms have to be accepted on the Hub.
         may_redistribute (`bool`, *optional*, defaults to `True`):
             Whether its texts may be published. If not, only the id of a document is.
         book_pages (`bool`, *optional*, defaults to `False`):
@@ -87,7 +85,6 @@ class Corpus:
     language: str | None = None
     license: str | None = None
     kind: Kind = "text"
-    is_gated: bool = False
     may_redistribute: bool = True
     book_pages: bool = False
     notes: str = ""
@@ -174,7 +171,6 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
             id_column="barcode_src",
             language_column="language_gen",
             license="Public domain; IDI early-access terms: non-commercial, no redistribution",
-            is_gated=True,
             may_redistribute=False,
             book_pages=True,
             notes="The terms forbid sharing any part of it. Volumes repeat: see `likely_duplicates_barcodes_gen`.",
