@@ -234,8 +234,8 @@ def test_a_source_of_documents_is_added_as_the_page_says(tmp_path):
     (tmp_path / "rows.csv").write_text("text,number\nA ship.,1\nA port.,2\n")
     values = {"type": "csv", "name": "s", "path": str(tmp_path / "rows.csv"), "id_column": "number"}
     config = TypeAdapter(names["SourceConfig"]).validate_python(values)
-    names["check_source"](config)
-    documents = list(names["read_source"](config, skip=1))
+    config.check()
+    documents = list(config.read(skip=1))
     assert [(document.text, document.source_id) for document in documents] == [("A port.", "2")]
 
 

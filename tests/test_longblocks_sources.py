@@ -26,7 +26,7 @@ from dgrpo_trl.longblocks.records import Document, Drop
 from dgrpo_trl.longblocks.sources import files
 from dgrpo_trl.longblocks.sources.books import book_pages
 from dgrpo_trl.longblocks.sources.corpora import CORPORA, two_letter
-from dgrpo_trl.longblocks.sources.reading import SourceConfig, check_source, read_source
+from dgrpo_trl.longblocks.sources.reading import SourceConfig
 
 
 ADAPTER = TypeAdapter(SourceConfig)
@@ -39,7 +39,7 @@ def source(**values):
 
 def outcomes(config, skip=0):
     """What each item became: the text of a document, or the reason of a drop."""
-    return [item.text if isinstance(item, Document) else item.reason for item in read_source(config, skip)]
+    return [item.text if isinstance(item, Document) else item.reason for item in config.read(skip)]
 
 
 def write_jsonl(path, rows):
@@ -49,10 +49,10 @@ def write_jsonl(path, rows):
 
 
 def assert_resumes(config):
-    items = list(read_source(config))
-    assert items == list(read_source(config))
+    items = list(config.read())
+    assert items == list(config.read())
     for skip in range(len(items) + 2):
-        assert list(read_source(config, skip)) == items[skip:]
+        assert list(config.read(skip)) == items[skip:]
     return items
 
 
@@ -169,8 +169,8 @@ def test_row_becomes_a_document_with_its_labels(tmp_path):
         type="jsonl", paths=[str(write_jsonl(tmp_path / "a.jsonl", [row]))], text_column="body", id_column="key",
         language_column="lang", license_column="metadata.license", url_column="metadata.url", kind="markdown",
     )  # fmt: skip
-    check_source(config)
-    assert list(read_source(config)) == [
+    config.check()
+    assert list(config.read()) == [
         Document(
             text=TEXT, source="s", source_id="7", language="es", license="MIT, BSD", url="https://x", kind="markdown"
         )
@@ -184,7 +184,7 @@ def test_fixed_labels_stand_in_for_missing_ones(tmp_path):
     config = source(
         type="jsonl", paths=[str(path)], language="spa", license="CC0-1.0", license_column="l", id_column="id"
     )
-    first, second = read_source(config)
+    first, second = config.read()
     assert (first.source_id, first.license, first.language) == ("a.jsonl:0", "CC0-1.0", "es")
     assert (second.source_id, second.license) == ("x", "MIT")
 
@@ -323,7 +323,7 @@ def test_parquet_reads_only_the_columns_it_needs(tmp_path, monkeypatch):
         return iter_batches(file, *args, columns=columns, **kwargs)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", recorded)
-    (document,) = read_source(source(type="parquet", paths=[path], license_column="meta.license"))
+    (document,) = source(type="parquet", paths=[path], license_column="meta.license").read()
     assert document.license == "MIT"
     assert chosen == [["text", "meta"]]
 
@@ -340,34 +340,34 @@ def test_max_documents_counts_items_whatever_became_of_them(tmp_path):
 def test_check_names_the_missing_columns_and_those_there_are(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"content": "a", "id": 1, "meta": {"url": "u"}}])
     with pytest.raises(ValueError, match=r"no column 'meta\.licenses', 'text'. Its columns are content, id, meta"):
-        check_source(source(type="parquet", paths=[path], license_column="meta.licenses"))
-    check_source(source(type="parquet", paths=[path], text_column="content", url_column="meta.url"))
+        source(type="parquet", paths=[path], license_column="meta.licenses").check()
+    source(type="parquet", paths=[path], text_column="content", url_column="meta.url").check()
 
 
 def test_key_that_only_later_lines_have_is_not_missing(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "license": None}])
-    check_source(source(type="jsonl", paths=[str(path)], license_column="license"))
+    source(type="jsonl", paths=[str(path)], license_column="license").check()
     with pytest.raises(ValueError, match="no column 'licenses'"):
-        check_source(source(type="jsonl", paths=[str(path)], license_column="licenses"))
+        source(type="jsonl", paths=[str(path)], license_column="licenses").check()
 
 
 @pytest.mark.parametrize("values", [{"type": "jsonl"}, {"type": "parquet"}, {"type": "text"}])
 def test_check_refuses_paths_that_lead_nowhere(tmp_path, values):
     with pytest.raises(ValueError, match="matches no file"):
-        check_source(source(paths=[str(tmp_path / "*.x")], **values))
+        source(paths=[str(tmp_path / "*.x")], **values).check()
     with pytest.raises(ValueError, match="is a folder"):
-        check_source(source(paths=[str(tmp_path)], **values))
+        source(paths=[str(tmp_path)], **values).check()
     with pytest.raises(ValueError, match="matches no file"):
-        list(read_source(source(paths=[str(tmp_path / "none")], **values)))
+        list(source(paths=[str(tmp_path / "none")], **values).read())
 
 
 def test_check_refuses_rows_of_which_none_can_be_read(tmp_path):
     (tmp_path / "a.jsonl").write_text("nonsense\n")
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(ValueError, match="unusable .*malformed_json"):
-        check_source(source(type="jsonl", paths=[str(tmp_path / "a.jsonl")]))
+        source(type="jsonl", paths=[str(tmp_path / "a.jsonl")]).check()
     with pytest.raises(ValueError, match="It is empty"):
-        check_source(source(type="jsonl", paths=[str(tmp_path / "b.jsonl")]))
+        source(type="jsonl", paths=[str(tmp_path / "b.jsonl")]).check()
 
 
 # --- The Hub
@@ -389,37 +389,37 @@ def hub_folder(tmp_path):
 
 def test_data_set_of_the_hub_is_streamed_in_order_and_resumes(hub_folder):
     config = source(type="hub", dataset=str(hub_folder), split="test", id_column="key", language="de", license="MIT")
-    check_source(config)
-    items = list(read_source(config))
+    config.check()
+    items = list(config.read())
     assert [item.text for item in items] == [f"test {n}" for n in range(100, 140)]
     assert items[0] == Document("test 100", "s", "k100", language="de", license="MIT")
     for skip in (0, 1, 5, 6, 19, 20, 21, 39, 40, 41):
-        assert list(read_source(config, skip)) == items[skip:]
+        assert list(config.read(skip)) == items[skip:]
     assert outcomes(source(type="hub", dataset=str(hub_folder), max_documents=1)) == ["train 0"]
 
 
 def test_rows_of_the_hub_without_an_id_are_numbered(hub_folder):
     config = source(type="hub", dataset=str(hub_folder))
-    assert [item.source_id for item in read_source(config, skip=38)] == ["train:38", "train:39"]
+    assert [item.source_id for item in config.read(skip=38)] == ["train:38", "train:39"]
 
 
 def test_compressed_json_of_the_hub_with_metadata_is_read(tmp_path):
     rows = [{"id": str(n), "text": f"t{n}", "metadata": {"license": "CC0", "url": f"u{n}"}} for n in range(3)]
     (tmp_path / "a.json.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     config = source(type="corpus", corpus="arxiv", dataset=str(tmp_path))
-    check_source(config)
-    assert list(read_source(config, skip=1)) == [
+    config.check()
+    assert list(config.read(skip=1)) == [
         Document(f"t{n}", "s", str(n), language="en", license="CC0", url=f"u{n}") for n in (1, 2)
     ]
 
 
 def test_check_says_why_a_data_set_of_the_hub_cannot_be_read(hub_folder, tmp_path):
     with pytest.raises(ValueError, match="validation.*train"):
-        check_source(source(type="hub", dataset=str(hub_folder), split="validation"))
+        source(type="hub", dataset=str(hub_folder), split="validation").check()
     with pytest.raises(ValueError, match=r"no column 'body'. Its columns are extra, key, text"):
-        check_source(source(type="hub", dataset=str(hub_folder), text_column="body"))
+        source(type="hub", dataset=str(hub_folder), text_column="body").check()
     with pytest.raises(ValueError, match="cannot be read"):
-        check_source(source(type="hub", dataset=str(tmp_path / "absent" / "folder")))
+        source(type="hub", dataset=str(tmp_path / "absent" / "folder")).check()
 
 
 def test_hub_that_cannot_be_reached_is_a_mistake_and_not_an_empty_source(monkeypatch):
@@ -429,9 +429,9 @@ def test_hub_that_cannot_be_reached_is_a_mistake_and_not_an_empty_source(monkeyp
     monkeypatch.setattr(datasets, "load_dataset", fail)
     config = source(type="hub", dataset="a/b")
     with pytest.raises(ValueError, match="Couldn't reach.*Check `dataset`"):
-        check_source(config)
+        config.check()
     with pytest.raises(ValueError, match="Couldn't reach"):
-        list(read_source(config))
+        list(config.read())
 
 
 def gated_error():
@@ -462,7 +462,7 @@ def test_refusal_by_the_hub_itself_counts_as_gated(monkeypatch):
 
     monkeypatch.setattr(datasets.load, "HfApi", Api)
     monkeypatch.setattr(datasets.load, "_raise_if_offline_mode_is_enabled", lambda: None)
-    (drop,) = read_source(source(type="hub", dataset="x/y"))
+    (drop,) = source(type="hub", dataset="x/y").read()
     assert (drop.reason, drop.item) == ("gated", "x/y")
 
 
@@ -485,13 +485,13 @@ def test_gated_data_set_is_left_out_with_one_line_that_says_what_to_do(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = source(type="corpus", corpus="institutional-books")
-    check_source(config)
-    (drop,) = read_source(config)
+    config.check()
+    (drop,) = config.read()
     assert (drop.reason, drop.item) == ("gated", "institutional/institutional-books-1.0")
     assert len(caplog.records) == 1
     assert "Accept its terms at https://huggingface.co/datasets/institutional/" in caplog.text
     assert "hf auth login" in caplog.text
-    assert list(read_source(config, skip=1)) == []
+    assert list(config.read(skip=1)) == []
 
 
 def test_stream_that_breaks_off_raises_and_goes_on_from_the_same_row(monkeypatch):
@@ -514,7 +514,7 @@ def test_stream_that_breaks_off_raises_and_goes_on_from_the_same_row(monkeypatch
     config = source(type="hub", dataset="a/b")
     items = []
     with pytest.raises(RuntimeError, match="broke off after row 2.*connection reset.*Run again"):
-        items.extend(item.text for item in read_source(config))
+        items.extend(item.text for item in config.read())
     items = ["row 0", "row 1", "row 2"]
     assert items + outcomes(config, skip=3) == [f"row {n}" for n in range(5)]
 
@@ -555,17 +555,17 @@ def test_books_are_joined_from_a_users_own_copy(tmp_path):
     ]  # fmt: skip
     parquet(tmp_path / "train-00000-of-00001.parquet", rows)
     config = source(type="corpus", corpus="institutional-books", dataset=str(tmp_path), join_pages="\n")
-    check_source(config)
-    book, drop = read_source(config)
+    config.check()
+    book, drop = config.read()
     assert (book.text, book.source_id, book.language) == ("page one\npage two", "B1", "en")
     assert (drop.reason, drop.item) == ("no_text", "B2")
 
     local = source(type="parquet", paths=[str(tmp_path / "*.parquet")], book_pages=True, id_column="barcode_src")
-    check_source(local)
+    local.check()
     assert outcomes(local) == ["page one\n\npage two", "no_text"]
     other = write_jsonl(tmp_path / "a.jsonl", [{"text": "no book"}])
     with pytest.raises(ValueError, match="no column 'ocr_score_gen', 'ocr_score_src', 'text_by_page_gen'"):
-        check_source(source(type="jsonl", paths=[str(other)], book_pages=True))
+        source(type="jsonl", paths=[str(other)], book_pages=True).check()
 
 
 # --- Files
@@ -624,7 +624,7 @@ def test_any_bytes_are_a_text_or_a_named_reason(data):
 @given(st.text(max_size=200))
 def test_any_line_of_json_is_a_document_or_a_drop(tmp_path_factory, text):
     path = write_jsonl(tmp_path_factory.mktemp("json") / "a.jsonl", [{"text": text}, {"text": "end"}])
-    first, last = read_source(source(type="jsonl", paths=[str(path)]))
+    first, last = source(type="jsonl", paths=[str(path)]).read()
     assert last.text == "end"
     if isinstance(first, Document):
         assert first.text == text and len(first.id) == 16
@@ -715,14 +715,14 @@ def test_same_file_under_two_patterns_is_read_once(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     config = source(type="text", paths=[str(tmp_path / "[x].txt"), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")])
     assert outcomes(config) == ["[x].txt", "a.txt", "b.txt"]
-    assert [item.source_id for item in read_source(config)] == ["[x].txt", "a.txt", "b.txt"]
+    assert [item.source_id for item in config.read()] == ["[x].txt", "a.txt", "b.txt"]
 
 
 def test_empty_folder_and_missing_folder_are_mistakes(tmp_path):
     with pytest.raises(ValueError, match="no file that is wanted"):
-        check_source(source(type="folder", path=str(tmp_path)))
+        source(type="folder", path=str(tmp_path)).check()
     with pytest.raises(ValueError, match="no folder"):
-        check_source(source(type="code", path=str(tmp_path / "absent")))
+        source(type="code", path=str(tmp_path / "absent")).check()
 
 
 @pytest.fixture
@@ -772,11 +772,11 @@ def test_package_is_a_document_with_a_line_of_comment_before_each_file(code_tree
 
 def test_standard_library_is_real_code_and_resumes():
     config = source(type="stdlib", max_documents=40)
-    check_source(config)
-    documents = [item for item in read_source(config) if isinstance(item, Document)]
+    config.check()
+    documents = [item for item in config.read() if isinstance(item, Document)]
     assert {(item.kind, item.language, item.license) for item in documents} == {("code", "en", "PSF-2.0")}
-    assert list(read_source(config, skip=37)) == list(read_source(config))[37:]
-    packages = {item.source_id: item for item in read_source(source(type="stdlib", unit="package"))}
+    assert list(config.read(skip=37)) == list(config.read())[37:]
+    packages = {item.source_id: item for item in source(type="stdlib", unit="package").read()}
     assert packages["json"].text.startswith("# json/__init__.py\n\n")
     assert "\n# json/decoder.py\n" in packages["json"].text
     assert packages["argparse.py"].num_tokens is None and len(packages["argparse.py"].text) > 50_000
@@ -860,17 +860,17 @@ def test_members_have_a_limit_and_broken_archives_an_end(tmp_path):
     assert [item.reason for item in items[1:]] == ["unreadable"] * (len(items) - 1) and len(items) > 1
     (tmp_path / "no.tar").write_text("plain")
     with pytest.raises(ValueError, match="neither a tar nor a zip"):
-        check_source(source(type="archive", path=str(tmp_path / "no.tar")))
+        source(type="archive", path=str(tmp_path / "no.tar")).check()
     with pytest.raises(ValueError, match="no archive"):
-        check_source(source(type="archive", path=str(tmp_path / "absent.tar")))
+        source(type="archive", path=str(tmp_path / "absent.tar")).check()
 
 
 def test_archive_with_another_hash_is_refused(tmp_path):
     path = tar_of(tmp_path / "a.tar.gz", MEMBERS)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    check_source(source(type="archive", path=str(path), sha256=digest))
+    source(type="archive", path=str(path), sha256=digest).check()
     with pytest.raises(ValueError, match=f"has SHA-256 {digest}, not {'0' * 64}"):
-        check_source(source(type="archive", path=str(path), sha256="0" * 64))
+        source(type="archive", path=str(path), sha256="0" * 64).check()
 
 
 def test_package_is_downloaded_once_with_its_hash(tmp_path, monkeypatch):
@@ -898,7 +898,7 @@ def test_package_is_downloaded_once_with_its_hash(tmp_path, monkeypatch):
     kept.unlink()
     kept.write_bytes(b"tampered")
     with pytest.raises(ValueError, match="It is another file"):
-        check_source(config)
+        config.check()
 
 
 def test_failed_download_is_explained_and_leaves_nothing(tmp_path, monkeypatch):

@@ -30,7 +30,6 @@ from filelock import FileLock, Timeout
 from ...files import write_json
 from ...llm.cache import RequestCache
 from ..reasons import REQUEST_REASONS, may_succeed_again
-from ..sources.reading import check_source
 from .build import Build
 from .config import GLOBAL_STAGES, STAGES, BuildConfig
 from .dataset_stages import choose_rows, describe, publish
@@ -204,6 +203,6 @@ class Builder:
         """
         self.build.tokenizer  # noqa: B018
         for source in self.config.sources:
-            check_source(source)
+            source.check()
         self.build.decontaminator  # noqa: B018
         logger.info(f"{self.config.name}: the configuration and {len(self.config.sources)} sources are in order.")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..records import Document, Drop
-from ..sources.reading import SourceConfig, check_source, read_source
+from ..sources.reading import SourceConfig
 from .build import Build
 from .cleaning import Cleaner
 from .deduplication import Deduplicator, signature
@@ -22,7 +22,7 @@ def read_sources(build: Build) -> None:
     own = list(enumerate(build.config.sources))[build.shard :: build.num_shards]
     for index, source in own:
         if not build.marker(index).exists():
-            check_source(source)
+            source.check()
     for index, source in own:
         prefix = f"{index:03d}-{source.name}-"
         marker = build.marker(index)
@@ -31,7 +31,7 @@ def read_sources(build: Build) -> None:
         build.progress.start(f"sources: {source.name}", source.max_documents, num_done)
         if marker.exists():
             continue
-        items = read_source(source, skip=num_done)
+        items = source.read(skip=num_done)
         for number, chunk in enumerate(_chunks(items, build.config.documents_per_part), start=len(done)):
             _write_documents(build, cleaner, f"{prefix}{number:05d}", source, chunk)
         marker.parent.mkdir(parents=True, exist_ok=True)

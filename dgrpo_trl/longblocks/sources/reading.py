@@ -2,11 +2,10 @@
 
 Every source turns each of its raw items (a row, a line, a file, a folder) into one [`Document`] or one [`Drop`], in an
 order that is the same in every run, and never holds more than a few of them. A new type of source is a class with its
-settings, `read` and `check`, among [`RowSource`] or [`FileSource`], and a name in `SourceConfig`.
+settings and how it is read, often as a [`RowSource`] or a [`FileSource`], and a name in `SourceConfig`.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -72,30 +71,20 @@ class CorpusSource(Source):
             language = None
         else:
             language = two_letter(self.language) if corpus.needs_language else corpus.language
+        own = ("name", "max_documents", "max_document_bytes", "may_redistribute", "join_pages", "revision")
+        columns = ("text_column", "id_column", "language_column", "license_column", "url_column")
         return HubSource(
             type="hub",
-            name=self.name,
-            max_documents=self.max_documents,
-            max_document_bytes=self.max_document_bytes,
-            may_redistribute=self.may_redistribute,
+            **{name: getattr(self, name) for name in own},
+            **{name: getattr(corpus, name) for name in (*columns, "book_pages", "license", "kind")},
             language=language,
-            license=corpus.license,
-            kind=corpus.kind,
-            text_column=corpus.text_column,
-            id_column=corpus.id_column,
-            language_column=corpus.language_column,
-            license_column=corpus.license_column,
-            url_column=corpus.url_column,
-            join_pages=self.join_pages,
-            book_pages=corpus.book_pages,
             dataset=self.dataset or corpus.dataset,
             config=self.config or config,
             split=corpus.split.format(language=part),
-            revision=self.revision,
         )
 
-    def read(self, skip: int) -> Iterator[Document | Drop]:
-        return self.as_hub_source().read(skip)
+    def read_from(self, skip: int) -> Iterator[Document | Drop]:
+        return self.as_hub_source().read_from(skip)
 
     def check(self) -> None:
         self.as_hub_source().check()
@@ -113,39 +102,3 @@ SourceConfig = Annotated[
     | CorpusSource,
     Field(discriminator="type"),
 ]
-
-
-def read_source(config: SourceConfig, skip: int = 0) -> Iterator[Document | Drop]:
-    """Reads a source from one end to the other.
-
-    Args:
-        config ([`SourceConfig`]):
-            The source.
-        skip (`int`, *optional*, defaults to `0`):
-            Number of items to pass over: those that were consumed already. Item `n` is the same in every run, as
-            long as the source is.
-
-    Returns:
-        `Iterator[Document | Drop]`: one for each item.
-
-    Raises:
-        ValueError: If there is no such source.
-        RuntimeError: If a stream of the Hub breaks off; reading can resume at the same item.
-    """
-    limit = None if config.max_documents is None else max(0, config.max_documents - skip)
-    return islice(config.read(skip), limit)
-
-
-def check_source(config: SourceConfig) -> None:
-    """Opens a source and reads its first rows, so that a mistake shows before anything is built.
-
-    A gated data set that cannot be read is no mistake: `read_source` says so and leaves it out.
-
-    Args:
-        config ([`SourceConfig`]):
-            The source.
-
-    Raises:
-        ValueError: If the source is not there, is empty, or lacks a column.
-    """
-    config.check()

@@ -65,7 +65,7 @@ class RowSource(LabelledSource):
     def rows(self, skip: int, columns: tuple[str, ...] | None) -> Iterator[NamedRow]:
         """The rows but the first `skip`, or why there is none; only some columns, where they can be chosen."""
 
-    def read(self, skip: int) -> Iterator[Document | Drop]:
+    def read_from(self, skip: int) -> Iterator[Document | Drop]:
         return (self._read_row(item, row) for item, row in self.rows(skip, self.columns))
 
     def _read_row(self, item: str, row: dict[str, Any] | BadItem) -> Document | Drop:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 
 from pydantic import Field, field_validator
 
@@ -30,13 +31,29 @@ class Source(StrictModel):
         True, description="Whether texts may be published. If not, the data set holds only the ids of documents."
     )
 
+    def read(self, skip: int = 0) -> Iterator[Document | Drop]:
+        """One document or one drop for each item, up to `max_documents` items.
+
+        Args:
+            skip (`int`, *optional*, defaults to `0`):
+                Items to pass over, because they were consumed already. Item `n` is the same in every run, as long as
+                the source is.
+
+        Raises:
+            ValueError: If there is no such source.
+            RuntimeError: If a stream of the Hub breaks off; reading can resume at the same item.
+        """
+        return islice(self.read_from(skip), None if self.max_documents is None else max(0, self.max_documents - skip))
+
     @abstractmethod
-    def read(self, skip: int) -> Iterator[Document | Drop]:
-        """One document or one drop for each item but the first `skip`: item `n` is the same in every run."""
+    def read_from(self, skip: int) -> Iterator[Document | Drop]:
+        """[`read`], whatever `max_documents` is."""
 
     @abstractmethod
     def check(self) -> None:
-        """Opens the source and reads its beginning.
+        """Opens the source and reads its beginning, so that a mistake shows before anything is built.
+
+        A gated data set that cannot be read is no mistake: `read` says so and leaves it out.
 
         Raises:
             ValueError: If it is not there, is empty, or lacks a column.

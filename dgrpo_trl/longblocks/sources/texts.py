@@ -71,7 +71,7 @@ class FileSource(LabelledSource):
     def texts(self) -> Iterator[NamedText]:
         """The files, in an order that is the same in every run."""
 
-    def read(self, skip: int) -> Iterator[Document | Drop]:
+    def read_from(self, skip: int) -> Iterator[Document | Drop]:
         return (self._read_text(item, read) for item, read in islice(self.texts(), skip, None))
 
     def check(self) -> None:
@@ -202,8 +202,8 @@ class StdlibSource(LabelledSource):
         path, exclude = sysconfig.get_path("stdlib"), list(_STDLIB_EXCLUDED)
         return CodeSource(type="code", path=path, include=["*.py"], exclude=exclude, **shared)
 
-    def read(self, skip: int) -> Iterator[Document | Drop]:
-        return self.as_code_source().read(skip)
+    def read_from(self, skip: int) -> Iterator[Document | Drop]:
+        return self.as_code_source().read_from(skip)
 
     def check(self) -> None:
         self.as_code_source().check()
