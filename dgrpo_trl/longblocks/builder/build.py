@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ...llm.cache import RequestCache
 from ...llm.tokens import TokenCounter, load_token_counter
-from ..records import Document
+from ..records import Document, Drop
 from .config import BuildConfig
 from .decontamination import Decontaminator
 from .progress import Progress
-from .store import Store, document_of
+from .store import KEPT_SCHEMA, Store, document_of
 
 
 class Build:
@@ -64,6 +65,18 @@ class Build:
     def num_rows(self, stage: str, parts: Iterable[str]) -> int:
         """What a stage kept of some parts."""
         return sum(self.store.counts(stage, part)["num_rows"] for part in parts)
+
+    def write_decisions(self, stage: str, part: str, decisions: Iterable[tuple[int, str, Drop | None]]) -> None:
+        """Writes which items of a part stay: position and id of each, and the drop of one that leaves."""
+        kept: list[dict[str, Any]] = []
+        drops: list[Drop] = []
+        for position, item_id, drop in decisions:
+            if drop is None:
+                kept.append({"position": position, "id": item_id})
+            else:
+                drops.append(drop)
+            self.progress.advance(int(drop is None), [drop] if drop else [])
+        self.store.write(stage, part, KEPT_SCHEMA, kept, drops, len(kept) + len(drops))
 
     def request_cache(self, server: str) -> RequestCache:
         """This shard's finished requests to a server; those of other shards are read."""

@@ -9,7 +9,7 @@ from .card import Statistics, write_card
 from .config import STAGES
 from .mixing import Mixer
 from .publish import published_record, push, save_to_disk, write_parquet
-from .store import KEPT_SCHEMA, row_of
+from .store import row_of
 
 
 def choose_rows(build: Build) -> None:
@@ -25,16 +25,8 @@ def choose_rows(build: Build) -> None:
         for position, record in enumerate(store.records("decontamination", part))
     )
     for part in parts:
-        kept: list[dict[str, Any]] = []
-        drops: list[Drop] = []
-        for position, row_id, drop in mixer.decisions(part):
-            if drop is None:
-                kept.append({"position": position, "id": row_id})
-            else:
-                drops.append(drop)
-            build.progress.advance(int(drop is None), [drop] if drop else [])
         store.remove("mixing", part)
-        store.write("mixing", part, KEPT_SCHEMA, kept, drops, len(kept) + len(drops))
+        build.write_decisions("mixing", part, mixer.decisions(part))
 
 
 def _published(build: Build, statistics: Statistics | None = None) -> Iterator[dict[str, Any]]:

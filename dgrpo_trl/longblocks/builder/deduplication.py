@@ -9,6 +9,7 @@ import re
 import sqlite3
 import struct
 import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,13 @@ class Deduplicator:
         self._database.executemany("INSERT INTO bands VALUES (?, ?, ?)", ((band, number, part) for band in bands))
         return None
 
-    def _bands(self, values: bytes):
+    def decisions(self, records: Iterable[dict[str, Any]], part: str) -> Iterator[tuple[int, str, Drop | None]]:
+        """Position, id and, where it leaves, the drop of each document of a part; then keeps what was added."""
+        for position, record in enumerate(records):
+            yield position, record["id"], self.add(record, part)
+        self.commit()
+
+    def _bands(self, values: bytes) -> Iterator[bytes]:
         size = 4 * self.config.rows_per_band
         for number in range(len(values) // size):
             band = struct.pack("<I", number) + values[number * size : (number + 1) * size]
@@ -160,7 +167,10 @@ class Deduplicator:
         return best
 
     def forget_from(self, part: str) -> None:
-        """Forgets the documents of this part and of those after it, in the order of their names."""
+        """Forgets the documents of this part and of those after it, in the order of their names.
+
+        They are in this file before their part is written: of an unfinished part, all of them are forgotten.
+        """
         self._database.execute("DELETE FROM documents WHERE part >= ?", (part,))
         self._database.execute("DELETE FROM bands WHERE part >= ?", (part,))
 

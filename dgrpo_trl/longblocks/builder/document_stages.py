@@ -9,7 +9,7 @@ from ..sources.reading import SourceConfig
 from .build import Build
 from .cleaning import Cleaner
 from .deduplication import Deduplicator, signature
-from .store import DOCUMENT_SCHEMA, KEPT_SCHEMA, document_record
+from .store import DOCUMENT_SCHEMA, document_record
 
 
 # A part closes early at this many characters, so that its documents fit in memory whatever their size
@@ -89,15 +89,5 @@ def remove_duplicates(build: Build) -> None:
     with Deduplicator(store.folder / "deduplication.sqlite", build.config.deduplication) as deduplicator:
         deduplicator.forget_from(pending[0])
         for part in pending:
-            kept: list[dict[str, Any]] = []
-            drops: list[Drop] = []
-            records = enumerate(store.records("sources", part, ["id", "source", "source_id", "signature"]))
-            for position, record in records:
-                drop = deduplicator.add(record, part)
-                if drop is None:
-                    kept.append({"position": position, "id": record["id"]})
-                else:
-                    drops.append(drop)
-                build.progress.advance(int(drop is None), [drop] if drop else [])
-            deduplicator.commit()  # before the part: what it holds of an unfinished part is removed
-            store.write("deduplication", part, KEPT_SCHEMA, kept, drops, len(kept) + len(drops))
+            records = store.records("sources", part, ["id", "source", "source_id", "signature"])
+            build.write_decisions("deduplication", part, deduplicator.decisions(records, part))

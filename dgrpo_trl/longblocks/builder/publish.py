@@ -1,8 +1,4 @@
-"""The finished set: Parquet files as LongBlocks has them, a folder of `save_to_disk`, and the Hub.
-
-A row leaves here for one reason, `cannot_be_rejoined`: its document may not be passed on, and is not the source's text
-as it is, which could not be joined again.
-"""
+"""The finished set: Parquet files as LongBlocks has them, a folder of `save_to_disk`, and the Hub."""
 
 import fnmatch
 import hashlib
@@ -133,7 +129,6 @@ def write_parquet(
     folder: Path,
     models: Sequence[str] = (),
     *,
-    split: str = "train",
     max_shard_bytes: int = 500_000_000,
 ) -> list[Path]:
     """Writes `data/train-00000-of-00004.parquet` and so on; in memory is one row group at a time.
@@ -148,8 +143,6 @@ def write_parquet(
             Folder of the set; created if it does not exist.
         models (`Sequence[str]`, *optional*):
             Teachers whose responses the set holds.
-        split (`str`, *optional*, defaults to `"train"`):
-            Name of the split, for the file names.
         max_shard_bytes (`int`, *optional*, defaults to `500_000_000`):
             Size at which a new file begins, in bytes before compression.
 
@@ -169,9 +162,9 @@ def write_parquet(
                 f"There are no rows to write to {str(data)!r}. A data set without any cannot be read. Look up in the "
                 "summary of the build what was dropped, and why."
             )
-        for path in data.glob(f"{split}-*-of-*.parquet"):
+        for path in data.glob("train-*-of-*.parquet"):
             path.unlink()
-        paths = [data / f"{split}-{index:05d}-of-{len(shards):05d}.parquet" for index in range(len(shards))]
+        paths = [data / f"train-{index:05d}-of-{len(shards):05d}.parquet" for index in range(len(shards))]
         for shard, path in zip(shards, paths, strict=True):
             os.replace(shard, path)
     return paths
