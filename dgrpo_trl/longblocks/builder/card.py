@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...files import write_text
 from ...strict_model import StrictModel
 from ..records import Drop
 
@@ -176,7 +177,7 @@ def write_card(folder: Path, statistics: Statistics, config: CardConfig, **conte
     if statistics.length_bins:
         draw_lengths(statistics, folder / FIGURE)
     path = folder / "README.md"
-    path.write_text(render_card(statistics, config, **context), encoding="utf-8")
+    write_text(path, render_card(statistics, config, **context))
     return path
 
 
