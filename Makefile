@@ -18,7 +18,7 @@ help:  ## Show what can be made
 
 install: $(INSTALLED)  ## Set up .venv with the tested versions
 
-install-gpu:  ## Set up .venv for a node with GPUs, with vLLM and FlashAttention (12 GB)
+install-gpu:  ## Set up .venv for a node with GPUs, with vLLM and FlashAttention (10 GB)
 	@test -e .venv/.gpu || { $(PYTHON) -m venv .venv && rm -f $(INSTALLED) && touch .venv/.gpu; }
 	@$(MAKE) --no-print-directory install
 

@@ -19,7 +19,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("accelerate", "datasets", "huggingface-hub", "peft", "tokenizers", "transformers", "trl")
-TESTS = ("test_trl_compat.py",)
+TESTS = (
+    "trl_compat trainer prefix prefix_trainer sharing losses long_runs scripts recipes command_lines checks "
+    "training_data inspection run_metrics model_card evaluation_generation"
+).split()
 
 
 def make_environment(name: str) -> Path:
@@ -48,7 +51,7 @@ def main() -> None:
     versions = "from importlib.metadata import version\n"
     versions += f"print('==', *(f'{{name}} {{version(name)}}' for name in {PACKAGES!r}), flush=True)"
     subprocess.run([python, "-c", versions], check=True)
-    tests = [f"tests/{name}" for name in TESTS]
+    tests = [f"tests/test_{name}.py" for name in TESTS]
     command = [python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *tests]
     sys.exit(subprocess.run(command, cwd=ROOT).returncode)
 
