@@ -1,14 +1,16 @@
 """What `test_distributed.py` launches: dGRPO steps on given rollouts; rank 0 writes the losses and the new weights.
 
+`train` is what one process of it does, for the reference that runs in the process of the tests.
+
 Options are fields of the config, and:
 
 | option | meaning |
 | --- | --- |
 | `lora` | train an adapter |
 | `no_end` | ranks whose completions never end, so that `mask_truncated_completions` leaves nothing of them |
-| `spoil` | generation batches (from 1) in which the last rank's teacher states hold a NaN |
+| `corrupts` | generation batches (from 1) in which the last rank's teacher states hold a NaN |
 | `evaluates` | rows to evaluate on after training |
-| `resume` | go on from the newest checkpoint of this folder |
+| `resume` | resume from the newest checkpoint of this folder |
 | `saves` | save the model as a script does |
 | `measures` | write each rank's memory |
 | `stalls` | step whose checkpoint is written in part, and no further |
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate import PartialState
 from conftest import build_tokenizer, length_reward
 from datasets import Dataset
 from peft import LoraConfig
@@ -61,14 +64,14 @@ def make_rollout(no_end: list[int]):
 
 
 class Job(DGRPOTrainer):
-    spoilt: tuple[int, ...] = ()
+    corrupt: tuple[int, ...] = ()
     stalled_step = hanging_rank = None
     num_batches = 0
 
     def _generate_and_score_completions(self, inputs):
         rollouts = super()._generate_and_score_completions(inputs)
         self.num_batches += 1
-        if self.num_batches in self.spoilt and self.accelerator.process_index == self.accelerator.num_processes - 1:
+        if self.num_batches in self.corrupt and self.accelerator.process_index == self.accelerator.num_processes - 1:
             rollouts["teacher_hidden_states"][-1, 0, 0] = float("nan")
         if self.accelerator.process_index == self.hanging_rank:
             faulthandler.dump_traceback_later(5, exit=True)  # its time is up soon
@@ -103,11 +106,8 @@ def watch_memory() -> dict[str, float]:
     return seen
 
 
-def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
-    # The first rank to time out prints its stack and ends. The others print theirs when the launcher ends them, or
-    # when they fail because the first is gone
-    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
-    faulthandler.register(signal.SIGTERM, chain=True)
+def train(output: str, model_path: str, teacher_path: str, options: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Trains; what was logged and measured, and, on the main process, the trained weights."""
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{'The ship. ' * (i % 3)} Number {i}?"}],
@@ -115,8 +115,8 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         }
         for i in range(11, 31)
     ]
-    own = ("lora", "no_end", "spoil", "evaluates", "resume", "saves", "measures", "tile_tokens", "stalls", "hangs")
-    own = {name: options.pop(name, None) for name in own}
+    own = ("lora", "no_end", "corrupts", "evaluates", "resume", "saves", "measures", "tile_tokens", "stalls", "hangs")
+    own, options = {name: options.get(name) for name in own}, {k: v for k, v in options.items() if k not in own}
     if own["tile_tokens"]:
         TILE_TOKENS["cpu"] = own["tile_tokens"]
     defaults = {
@@ -149,7 +149,7 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
         peft_config=LoraConfig(r=4, target_modules="all-linear") if own["lora"] else None,
     )
     built = dict(memory)
-    trainer.spoilt = tuple(own["spoil"] or ())
+    trainer.corrupt = tuple(own["corrupts"] or ())
     trainer.stalled_step, trainer.hanging_rank = own["stalls"], own["hangs"]
     for name, parameter in trainer.model.named_parameters():
         if own["lora"] and parameter.requires_grad and parameter.numel() > 0:  # the same on any number of processes
@@ -171,14 +171,22 @@ def main(output: str, model_path: str, teacher_path: str, options: dict) -> None
             "held": sum(parameter.data.numel() for parameter in teacher),
             "sharded": sum(parameter.ds_tensor.numel() for parameter in teacher),
         }
-        with open(f"{output}.rank{trainer.accelerator.process_index}.json", "w") as file:
-            json.dump(result, file)
-    if trainer.accelerator.is_main_process:
-        kept = {name: weight.contiguous().clone() for name, weight in weights.items() if name in trained}
-        save_file(kept, output + ".safetensors")
-        with open(output + ".json", "w") as file:
-            json.dump(result, file)
     trainer.accelerator.wait_for_everyone()
+    weights = weights or {}  # of ZeRO-3 on the main process alone
+    return result, {name: weight.contiguous().clone() for name, weight in weights.items() if name in trained}
+
+
+def main(output: str, model_path: str, teacher_path: str, options: dict) -> None:
+    # The first rank to time out prints its stack and ends. The others print theirs when the launcher ends them, or
+    # when they fail because the first is gone
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
+    faulthandler.register(signal.SIGTERM, chain=True)
+    result, weights = train(output, model_path, teacher_path, options)
+    state = PartialState()
+    Path(f"{output}.rank{state.process_index}.json").write_text(json.dumps(result))
+    if state.is_main_process:
+        save_file(weights, output + ".safetensors")
+    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

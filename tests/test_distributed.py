@@ -1,4 +1,7 @@
-"""Two real processes against one, on the same global batch: DDP, FSDP2 and DeepSpeed ZeRO-3, all on the CPU."""
+"""Two real processes against one, on the same global batch: DDP, FSDP2 and DeepSpeed ZeRO-3, all on the CPU.
+
+The one process is that of the tests.
+"""
 
 import importlib.util
 import json
@@ -18,13 +21,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, build_model
-from distributed_job import TIMEOUT_SECONDS
+from distributed_job import TIMEOUT_SECONDS, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dgrpo_trl.cli import train_sft
 from dgrpo_trl.run.checkpoints import latest_checkpoint
 
 
+ACCELERATE_CONFIGS = ROOT / "recipes" / "accelerate_configs"
 # DeepSpeed compiles an operator at first use. In the home directory, a process killed meanwhile leaves a lock that all
 # later ones wait for, and another checkout compiles it anew for itself
 EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")
@@ -59,17 +64,43 @@ def run(tmp_path, name, launcher, teacher="teacher", expected=0, **options):
 
 def launch(tmp_path, name, launcher, **options):
     output, _ = run(tmp_path, name, launcher, **options)
-    return json.loads(output.with_suffix(".json").read_text()), load_file(output.with_suffix(".safetensors"))
+    return json.loads(Path(f"{output}.rank0.json").read_text()), load_file(output.with_suffix(".safetensors"))
 
 
-ONE_PROCESS = (sys.executable,)
+def in_one_process(tmp_path, teacher="teacher", **options):
+    teacher = teacher if teacher == "base" else str(tmp_path / teacher)
+    return train(str(tmp_path / "one"), str(tmp_path / "student"), teacher, options)
+
+
 DDP = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def accelerate(config):
-    path = ROOT / "recipes" / "accelerate_configs" / config
+def accelerate(config: Path):
     port = ("--main_process_port", free_port())
-    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port)
+    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *port)
+
+
+def zero3_launcher(tmp_path, **options):
+    """That of the recipe for two processes, with `options` of ZeRO."""
+    deepspeed = {
+        "zero_optimization": {
+            "stage": 3,
+            # By default DeepSpeed keeps parameters of less than 1e5 elements whole: tiny models would gather nothing
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            **options,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+    }
+    (tmp_path / "deepspeed.json").write_text(json.dumps(deepspeed))
+    config = yaml.safe_load((ACCELERATE_CONFIGS / "cpu_zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": True}
+    del config["mixed_precision"]  # DeepSpeed's own file says it
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
+    return accelerate(tmp_path / "zero3.yaml")
 
 
 def free_port() -> str:
@@ -95,7 +126,7 @@ def models(tmp_path, tokenizer):
 
 
 def zero3(**options):
-    return pytest.param("cpu_zero3.yaml", options, marks=needs_deepspeed, id="zero3-" + "-".join(map(str, options)))
+    return pytest.param("zero3", options, marks=needs_deepspeed, id="zero3-" + "-".join(map(str, options)))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +135,13 @@ def zero3(**options):
         ("ddp", {"loss_type": "dapo"}),
         ("ddp", {"loss_type": "grpo", "shared_prefix": "off"}),
         ("ddp", {"max_tokens_per_micro_batch": 40}),
-        ("cpu_fsdp2.yaml", {"max_tokens_per_micro_batch": 40}),
+        ("fsdp2", {"max_tokens_per_micro_batch": 40}),
         zero3(shared_prefix="on", evaluates=8),
         zero3(shared_prefix="off", tile_tokens=3, evaluates=1),  # one rank has no row of its own
         zero3(max_tokens_per_micro_batch=40, teacher_offload="cpu"),
         zero3(lora=True),
         zero3(lora=True, teacher="base"),
+        # The teacher compares shared with plain forwards, of which one rank has no pair
         zero3(no_end=[1], mask_truncated_completions=True, max_tokens_per_micro_batch=40),
         zero3(no_end=[0, 1], mask_truncated_completions=True),
         zero3(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0),
@@ -117,12 +149,14 @@ def zero3(**options):
     ids=str,
 )
 def test_two_processes_equal_one_on_the_same_global_batch(models, engine, options):
-    launcher = DDP if engine == "ddp" else accelerate(engine)
+    launchers = {"ddp": lambda: DDP, "fsdp2": lambda: accelerate(ACCELERATE_CONFIGS / "cpu_fsdp2.yaml")}
+    launcher = launchers.get(engine, lambda: zero3_launcher(models))()
     # One process runs every completion with its prompt, in whole micro-batches: the reference
-    reference = {**options, "shared_prefix": "off", "max_tokens_per_micro_batch": None, "teacher_offload": None}
+    reference = {**options, "shared_prefix": "off"}
+    reference |= dict.fromkeys(("max_tokens_per_micro_batch", "teacher_offload", "tile_tokens"))
     common = {"gradient_accumulation_steps": 2}
     sizes = [{"per_device_train_batch_size": n, "per_device_eval_batch_size": 2 * n} for n in (4, 2)]
-    one, one_weights = launch(models, "one", ONE_PROCESS, **sizes[0], **common, **reference)
+    one, one_weights = in_one_process(models, **sizes[0], **common, **reference)
     two, two_weights = launch(models, "two", launcher, **sizes[1], **common, **options)
     steps = [[entry for entry in log if "loss" in entry] for log in (one["log"], two["log"])]
     assert len(steps[0]) == 3
@@ -152,12 +186,12 @@ def test_two_processes_equal_one_on_the_same_global_batch(models, engine, option
 @needs_deepspeed
 def test_zero3_skips_a_step_that_is_not_finite_on_one_rank(models):
     common = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    first, after_one = launch(models, "first", accelerate("cpu_zero3.yaml"), max_steps=1, **common)
-    spoilt, after_two = launch(models, "spoilt", accelerate("cpu_zero3.yaml"), max_steps=2, spoil=[2], **common)
+    _, after_one = launch(models, "first", zero3_launcher(models), max_steps=1, **common)
+    _, after_two = launch(models, "corrupt", zero3_launcher(models), max_steps=2, corrupts=[2], **common)
     for name in after_one:
         torch.testing.assert_close(after_one[name], after_two[name], rtol=0, atol=0)
     _, result = run(
-        models, "stops", accelerate("cpu_zero3.yaml"), spoil=[1, 2], max_nonfinite_steps=2, expected=1, **common
+        models, "stops", zero3_launcher(models), corrupts=[1, 2], max_nonfinite_steps=2, expected=1, **common
     )
     assert "2 consecutive optimizer steps were not finite; the last: the teacher term" in result.stderr
 
@@ -172,7 +206,7 @@ def test_zero3_resumes_in_the_middle_of_an_epoch_and_saves_what_transformers_loa
         "max_steps": 4,
         "shuffle_dataset": True,
     }
-    launcher = accelerate("cpu_zero3.yaml")
+    launcher = zero3_launcher(models)
     straight, expected = launch(models, "straight", launcher, saves=True, **options)
     run(models, "stopped", launcher, save_strategy="steps", save_steps=2, **{**options, "max_steps": 2})
     folder = models / "stopped_out"
@@ -200,18 +234,22 @@ def test_the_cold_start_equals_one_process_and_ends_where_a_rank_has_no_row_left
     ]
     (models / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     logs = []
-    for launcher, rows_a_process in ((ONE_PROCESS, "4"), (accelerate("cpu_zero3.yaml"), "2")):
-        output = models / f"sft_{rows_a_process}"
-        command = [
-            *(*launcher, str(ROOT / "scripts" / "train_sft.py")),
+    for num_processes in (1, 2):
+        output = models / f"sft_{num_processes}"
+        arguments = [
             *("--config", str(ROOT / "recipes" / "smollm2-135m" / "sft" / "demo.yaml")),
             *("--model_name_or_path", str(models / "student"), "--dataset_name", str(models / "rows.jsonl")),
-            *("--output_dir", str(output), "--per_device_train_batch_size", rows_a_process, "--max_steps", "-1"),
-            *("--num_train_epochs", "1", "--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5"),
-            *("--max_grad_norm", "0", "--warmup_steps", "0", "--train_sampling_strategy", "random"),
+            *("--output_dir", str(output), "--per_device_train_batch_size", str(4 // num_processes)),
+            *("--max_steps", "-1", "--num_train_epochs", "1", "--bf16", "false", "--optim", "sgd"),
+            *("--learning_rate", "0.5", "--max_grad_norm", "0", "--warmup_steps", "0"),
+            *("--train_sampling_strategy", "random"),
         ]
-        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-        assert result.returncode == 0, result.stderr[-20_000:]
+        if num_processes == 1:
+            train_sft.main(arguments)
+        else:
+            command = [*zero3_launcher(models), str(ROOT / "scripts" / "train_sft.py"), *arguments]
+            result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+            assert result.returncode == 0, result.stderr[-20_000:]
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         logs.append([entry for entry in history if "loss" in entry])
     assert len(logs[0]) == len(logs[1]) == 3  # in the last step there is one row, for one of the ranks
@@ -237,26 +275,10 @@ def test_no_rank_ever_holds_the_teacher_whole(models, tokenizer):
     large.save_pretrained(models / "large", max_shard_size="60MB")
     tokenizer.save_pretrained(models / "large")
     del large
-    deepspeed = {
-        "zero_optimization": {
-            "stage": 3,
-            # DeepSpeed's defaults are for large models: whole beside its shard is what is smaller than these
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 2e7,
-            "stage3_prefetch_bucket_size": 1e6,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-    }
-    (models / "deepspeed.json").write_text(json.dumps(deepspeed))
-    config = yaml.safe_load((ROOT / "recipes" / "accelerate_configs" / "cpu_zero3.yaml").read_text())
-    config["deepspeed_config"] = {"deepspeed_config_file": str(models / "deepspeed.json"), "zero3_init_flag": True}
-    del config["mixed_precision"]  # DeepSpeed's own file says it
-    (models / "zero3.yaml").write_text(yaml.safe_dump(config))
+    # DeepSpeed's defaults are for larger models still
+    launcher = zero3_launcher(models, stage3_max_live_parameters=2e7, stage3_prefetch_bucket_size=1e6)
     options = {"teacher": "large", "measures": True, "max_steps": 2}
-    output, _ = run(models, "job", accelerate(models / "zero3.yaml"), per_device_train_batch_size=4, **options)
+    output, _ = run(models, "job", launcher, per_device_train_batch_size=4, **options)
     whole_mib = 4 * num_parameters / 2**20
     for rank in range(2):
         seen = json.loads(Path(f"{output}.rank{rank}.json").read_text())
@@ -271,7 +293,7 @@ def test_a_checkpoint_that_was_cut_off_by_a_kill_is_not_resumed_from(models):
     options |= {"save_steps": 1, "max_steps": 4}
     output = models / "killed"
     command = [
-        *accelerate("cpu_zero3.yaml"),
+        *zero3_launcher(models),
         *(str(ROOT / "tests" / "distributed_job.py"), str(output), str(models / "student"), str(models / "teacher")),
         json.dumps({**options, "stalls": 3}),
     ]
@@ -279,7 +301,7 @@ def test_a_checkpoint_that_was_cut_off_by_a_kill_is_not_resumed_from(models):
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
     folder = models / "killed_out"
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (folder / "checkpoint-3" / "stalled").exists():  # its weights are there, the optimiser's states are not
+    while not (folder / "checkpoint-3" / "stalled").exists():  # its weights are there, the optimizer's states are not
         assert process.poll() is None and time.monotonic() < deadline, (models / "log").read_text()[-6000:]
         time.sleep(0.05)
     job = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -289,5 +311,5 @@ def test_a_checkpoint_that_was_cut_off_by_a_kill_is_not_resumed_from(models):
     assert list((folder / "checkpoint-3").glob("*.safetensors"))
     newest = latest_checkpoint(folder)
     assert newest == str(folder / "checkpoint-2")
-    log, _ = launch(models, "again", accelerate("cpu_zero3.yaml"), resume=str(folder), **options)
+    log, _ = launch(models, "again", zero3_launcher(models), resume=str(folder), **options)
     assert [entry["step"] for entry in log["log"] if "loss" in entry] == [1, 2, 3, 4]

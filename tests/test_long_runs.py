@@ -76,7 +76,7 @@ class DiskFull(DGRPOTrainer):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("limit", [100, 20_000, 150_000])  # the configuration, the weights, the optimiser's states
+@pytest.mark.parametrize("limit", [100, 20_000, 150_000])  # the configuration, the weights, the optimizer's states
 def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, saved_teacher, tmp_path, limit):
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
     options["optim"] = "adamw_torch"
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, saved_teacher, t
 
 
 def signal_at(step, number):
-    """A reward that gets a signal sent while the rollouts of an optimiser step are scored."""
+    """A reward that gets a signal sent while the rollouts of an optimizer step are scored."""
     calls = []
 
     def reward(completions, trainer_state=None, **kwargs):
@@ -140,7 +140,7 @@ def test_a_signal_ends_a_run_that_then_gives_the_same_weights(make_trainer, save
 
 
 class StopInStep(TrainerCallback):
-    """Sends a signal after the first micro-batch of an optimiser step."""
+    """Sends a signal after the first micro-batch of an optimizer step."""
 
     def __init__(self, step):
         self.step = step

@@ -1,6 +1,7 @@
 """The trainer with a shared prefix against TRL's own and against itself without one."""
 
 import copy
+import itertools
 import logging
 from dataclasses import replace
 
@@ -252,8 +253,9 @@ def test_rows_that_must_stay_in_their_micro_batches_are_named(make_trainer, seen
     assert "normalized by itself" not in seen_logs.text
 
 
-@pytest.mark.parametrize("shared_prefix", ["on", "off"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("loss_type", "shared_prefix"), list(zip(LOSS_TYPES, itertools.cycle(["on", "off"]), strict=False))
+)
 def test_bounded_micro_batches_have_the_gradient_of_the_whole(make_trainer, make_model, shared_prefix, loss_type):
     def trainer(**options):
         return make_trainer(

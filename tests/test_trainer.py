@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 
 import pytest
@@ -103,9 +104,11 @@ def assert_equals_reference(trainer, rollouts, teacher, rtol=1e-6):
 # --- The objective
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+# Every loss type, and every divergence with and without sharing: `test_losses` has each by itself
+@pytest.mark.parametrize(
+    ("loss_type", "divergence", "shared_prefix"),
+    list(zip(LOSS_TYPES, itertools.cycle(DIVERGENCES), itertools.cycle(["on", "off"]), strict=False)),
+)
 def test_loss_and_every_gradient_equal_the_float64_reference(
     make_trainer, make_model, shared_prefix, divergence, loss_type
 ):
@@ -454,8 +457,13 @@ def test_gradient_checkpointing_changes_no_gradient(make_trainer, make_model):
             torch.testing.assert_close(gradients[name], expected[name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss_type", [loss_type for loss_type in LOSS_TYPES if loss_type != "bnpo"])
-@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+@pytest.mark.parametrize(
+    ("loss_type", "shared_prefix"),
+    [
+        *zip([kind for kind in LOSS_TYPES if kind != "bnpo"], itertools.cycle(["on", "off"]), strict=False),
+        ("dapo", "on"),
+    ],
+)
 def test_batch_of_one_times_four_steps_is_a_batch_of_four(make_trainer, make_model, shared_prefix, loss_type):
     # `bnpo` is left out: it averages over the tokens of a micro-batch, so there the split matters by definition
     options = {
