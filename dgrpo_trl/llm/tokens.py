@@ -41,7 +41,7 @@ def load_token_counter(name_or_path: str | None) -> TokenCounter:
         ValueError: If there is none.
     """
     if name_or_path is None:
-        estimate = f"estimate of {BYTES_PER_TOKEN} bytes a token"
+        estimate = f"estimate of {BYTES_PER_TOKEN} bytes per token"
         return TokenCounter(estimate, lambda text: -(-len(text.encode()) // BYTES_PER_TOKEN), None)
     path = Path(name_or_path)
     file = path / "tokenizer.json" if path.is_dir() else path

@@ -126,7 +126,7 @@ def main() -> None:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     if not torch.cuda.is_available():
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    print("| engine | processes | seconds a step | times one process | communication |", flush=True)
+    print("| engine | processes | seconds per step | times one process | communication |", flush=True)
     print("| --- " * 5 + "|", flush=True)
     lengths = ["--prompt_tokens", str(args.prompt_tokens), "--completion_tokens", str(args.completion_tokens)]
     with tempfile.TemporaryDirectory() as text:
