@@ -257,10 +257,19 @@ def completion_states(
     prompts: list[list[int]],
     completions: Sequence[Sequence[int]],
     shares_prefix: bool,
+    first_position: int = 0,
 ) -> Tensor:
-    """The states of `model` that predict the tokens of `completions`, of shape `(N, H)`, by one forward."""
+    """The states of `model` that predict the tokens of `completions`, of shape `(N, H)`, by one forward.
+
+    `first_position` is for a single rollout that is not packed.
+    """
     ids = [torch.tensor(completion, dtype=torch.long) for completion in completions]
     mask = pad([torch.ones_like(row) for row in ids]).to(accelerator.device)
     rollouts = Rollouts.from_prompts(prompts, pad(ids).to(accelerator.device), mask, pad_token_id)
+    called: Callable[..., Any] = model
+    if first_position:
+        num_tokens = rollouts.prompt_ids.size(1) + rollouts.completion_ids.size(1)
+        positions = torch.arange(first_position, first_position + num_tokens, device=accelerator.device)
+        called = functools.partial(model, position_ids=positions.unsqueeze(0))
     with accelerator.autocast():
-        return rollouts.hidden_states(model, shares_prefix, backend)[mask.bool()]
+        return rollouts.hidden_states(called, shares_prefix, backend)[mask.bool()]

@@ -373,7 +373,9 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     ) -> None:
         """A collective call."""
 
-        def states(prompts: list[list[int]], completions: list[list[int]], shares_prefix: bool) -> Tensor:
+        def states(
+            prompts: list[list[int]], completions: list[list[int]], shares_prefix: bool, first_position: int = 0
+        ) -> Tensor:
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 return completion_states(
                     model,
@@ -383,6 +385,7 @@ class DGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
                     prompts,
                     completions,
                     shares_prefix,
+                    first_position,
                 )
 
         sharing.confirm(model, prompts, completions, states)

@@ -401,7 +401,7 @@ def test_the_comparison_runs_as_many_forwards_on_every_rank():
     ):
         calls = []
 
-        def states(prompts, completions, shares_prefix, calls=calls):
+        def states(prompts, completions, shares_prefix, first_position=0, calls=calls):
             calls.append((len(prompts), shares_prefix))
             return torch.ones(sum(map(len, completions)), 4)
 

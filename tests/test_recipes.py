@@ -91,6 +91,12 @@ def test_prompts_completions_and_positions_fit_each_other(path):
         assert rope["factor"] * rope["original_max_position_embeddings"] == positions and rope["rope_theta"] == 1000000
 
 
+@pytest.mark.parametrize("method", ["dgrpo", "opd", "grpo"])
+def test_at_128k_a_prompt_is_never_run_once_per_completion_without_a_word(method):
+    _, args, _ = parse(ROOT / "recipes" / "qwen3-1.7b" / method / "128k.yaml")
+    assert args.shared_prefix == "on"
+
+
 def test_the_baselines_are_what_they_are_called():
     for path in CONFIGS:
         script_args, args, model_args = parse(path)

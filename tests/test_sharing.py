@@ -1,6 +1,8 @@
 """Whether a model shares prompts, the comparison with plain forwards, regrouping, and the prefill of generation."""
 
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from accelerate import Accelerator
 from conftest import build_model
 from transformers import DynamicCache
 
-from dgrpo_trl.rollouts import Rollouts
+from dgrpo_trl.rollouts import Rollouts, completion_states
+from dgrpo_trl.scoring import add_completion_scoring
 from dgrpo_trl.shared_prefix import ExactnessCheck, PrefixSharing, regroup, share_prefill
 from dgrpo_trl.trl_compat import CACHE_NAMES
 
@@ -55,12 +58,44 @@ def test_the_comparison_fails_for_nan(accelerator, dtype):
 def test_every_rank_runs_as_many_forwards_whatever_its_batch_holds(accelerator, prompts, completions):
     calls = []
 
-    def states(prompts, completions, shares_prefix):
+    def states(prompts, completions, shares_prefix, first_position=0):
         calls.append((len(prompts), shares_prefix))
         return torch.ones(sum(map(len, completions)), 4)
 
     assert ExactnessCheck(accelerator).passes(prompts, completions, states)
     assert calls == [(1, False), (1, False), (2, True)]
+
+
+@pytest.mark.parametrize(("error", "passes"), [(0.04, True), (0.25, True), (0.35, False), (math.nan, False)])
+@pytest.mark.parametrize("completions", [[[5, 7], [6]], [[], []]], ids=["some", "none"])
+def test_in_bfloat16_an_error_may_be_as_large_as_rounding_makes_it(accelerator, completions, error, passes):
+    calls = []
+
+    def states(prompts, completions, shares_prefix, first_position=0):
+        calls.append((len(prompts), shares_prefix, first_position > 0))
+        value = 1 + error if shares_prefix else 1.1 if first_position else 1.0  # rounding: 0.1
+        return torch.full((sum(map(len, completions)), 4), value, dtype=torch.bfloat16)
+
+    check = ExactnessCheck(accelerator)
+    # The other rank has completions, whatever this one has: what is gathered decides
+    check.accelerator = SimpleNamespace(
+        device="cpu",
+        mixed_precision="bf16",
+        gather=lambda own: torch.cat([own, torch.tensor([0.1 if calls[-1][2] else error])]),
+    )
+    assert check.passes([[1, 2]] * 2, completions, states) is passes
+    plain, shared, elsewhere = [(1, False, False)] * 2, [(2, True, False)], [(1, False, True)] * 2
+    assert calls == plain + shared + (elsewhere if error != 0.04 else [])
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "GPTNeoX"])
+def test_a_model_does_not_mind_where_positions_start(accelerator, kind):
+    """What the rounding of plain forwards is measured with."""
+    model = build_model(kind)
+    add_completion_scoring(model)
+    arguments = (model, accelerator, 0, "auto", [[5, 6, 7, 8] * 4], [[9, 10, 11]], False)
+    with torch.no_grad():
+        torch.testing.assert_close(completion_states(*arguments), completion_states(*arguments, 64))
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -69,7 +104,7 @@ def test_a_model_that_turns_out_wrong_no_longer_shares(accelerator, seen_logs, m
     sharing = PrefixSharing(model, "the student", mode, "auto", accelerator)
     assert sharing.is_on and "Shared prefix: on for the student" in seen_logs.text
 
-    def states(prompts, completions, shares_prefix):
+    def states(prompts, completions, shares_prefix, first_position=0):
         assert not model.training
         return torch.full((sum(map(len, completions)), 4), 2.0 if shares_prefix else 1.0)
 
