@@ -158,6 +158,7 @@ def test_the_comparison_runs_from_cold_start_to_page(tokenizer, tmp_path):
     model = tmp_path / "model"
     build_model().save_pretrained(model)
     tokenizer.save_pretrained(model)
+    (model / "complete.json").write_text("{}")  # as `prepare_reproduction.py` leaves it
     (tmp_path / "data").mkdir()
     rows = prepare_reproduction.short_rows(seed=0)
     for row in rows:
