@@ -369,6 +369,7 @@ def test_what_a_backend_lacks_is_said_with_what_to_do(monkeypatch, backend, dtyp
     for package in ("flash_attn_interface", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("torch.nn.attention._fa4._fa4_import_module", importlib.import_module)  # without its cache
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))  # an older one lacks more
     with pytest.raises((ImportError, ValueError), match=message):
         BACKENDS[backend].make(torch.device("cuda", 0), dtype, head_dim)
 
