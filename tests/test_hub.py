@@ -67,7 +67,7 @@ def test_what_the_script_pushes_is_what_everybody_loads(hub, run, built):
     script = ROOT / "scripts" / "build_longblocks.py"
     command = [script, "--config", config, "--output_dir", folder, "--stages", "publish"]
     run(*command)
-    assert not hub.requests  # a dry run, for want of --push
+    assert not hub.requests  # a dry run, as --push is not given
     run(*command, "--push")
     repository = hub.repositories["datasets/me/set"]
     files = {path.relative_to(folder / "dataset").as_posix(): path for path in (folder / "dataset").rglob("*.*")}

@@ -1,4 +1,4 @@
-"""Time of an optimiser step on one and on two processes, and how much of it is communication.
+"""Time of an optimizer step on one and on two processes, and how much of it is communication.
 
     python scripts/benchmarks/distributed.py [--engines ddp zero3] [--processes 1 2]
 
