@@ -249,6 +249,19 @@ def _concatenate(outputs: list[CompletionOutput], num_rows: list[int]) -> Comple
     return whole
 
 
+def confirm(
+    sharing: PrefixSharing,
+    model: nn.Module,
+    accelerator: Accelerator,
+    pad_token_id: int,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+) -> None:
+    """[`~shared_prefix.PrefixSharing.confirm`] with forwards of `model`, possibly wrapped. A collective call."""
+    states = functools.partial(completion_states, model, accelerator, pad_token_id, sharing.backend)
+    sharing.confirm(model, prompts, completions, states)
+
+
 def completion_states(
     model: nn.Module,
     accelerator: Accelerator,

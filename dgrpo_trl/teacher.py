@@ -14,9 +14,9 @@ from .checks import placement_problems, raise_problems
 from .config import DGRPOConfig
 from .losses import LMHead, token_terms
 from .models import BASE_TEACHER, teacher_dtype, teacher_hub_kwargs, teacher_init_kwargs
-from .rollouts import Rollouts
+from .rollouts import Rollouts, confirm
 from .scoring import CompletionScoring, add_completion_scoring, lm_head
-from .shared_prefix import PrefixSharing
+from .shared_prefix import PrefixSharing, unpadded
 from .trl_compat import (
     base_model,
     create_model_from_path,
@@ -229,7 +229,7 @@ class Teacher:
             self._host_weights.to_host()
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
+    def _on_device(self) -> Iterator[None]:
         """Within it the weights are on the device of the run; else they wait where they were told to."""
         if self._host_weights is None:
             yield
@@ -290,7 +290,8 @@ class Teacher:
     ) -> Tensor:
         """The teacher's last hidden states at the positions that predict the completion tokens.
 
-        The LM head is not run. Under ZeRO-3 every rank must call this with the same number of rows and `batch_size`.
+        The LM head is not run. Where that is due, packed forwards are compared with plain ones first. Under ZeRO-3
+        every rank must call this with the same number of rows and `batch_size`.
 
         Args:
             prompts (`list[list[int]]`):
@@ -311,7 +312,10 @@ class Teacher:
         """
         completion_ids = self.readable(completion_ids, pad_token_id)
         rollouts = Rollouts.from_prompts(prompts, completion_ids, completion_mask, pad_token_id)
-        with self._as_teacher():
+        with self._on_device(), self._as_teacher():
+            if not self.is_base:
+                completions = [row.tolist() for row in unpadded(completion_ids, completion_mask)]
+                confirm(self.sharing, self.model, self.accelerator, pad_token_id, prompts, completions)
             parts = rollouts.split(batch_size, max_tokens, self.sharing.is_on, self.accelerator)
             return torch.cat([self._forward(rollouts.select(rows))[: len(rows)] for rows in parts])
 

@@ -145,7 +145,7 @@ def test_rows_of_a_prompt_come_together_in_the_order_of_their_first_ones():
     }
     whole = ("num_items_in_batch", "old_per_token_logps")
     halves = [{name: v if name in whole else v[i : i + 3] for name, v in batch.items()} for i in (0, 3)]
-    first, second = regroup(halves)
+    first, second = regroup(halves, 2)
     assert first["advantages"].tolist() == [0, 2, 5] and second["advantages"].tolist() == [1, 4, 3]
     assert first["num_images"] == ["a", "c", "f"] and second["num_images"] == ["b", "e", "d"]
     assert second["prompt_ids"][:, 1].tolist() == [8, 8, 9]

@@ -12,6 +12,7 @@ import trl
 
 import dgrpo_trl
 from dgrpo_trl import DGRPOTrainer
+from dgrpo_trl.prompts import CheckedPrompts
 from dgrpo_trl.run.checkpoints import CompleteCheckpoints
 from dgrpo_trl.trl_compat import ATTRIBUTES, HELPERS, OVERRIDDEN, Hook
 
@@ -55,10 +56,13 @@ def test_a_change_is_named():
     assert change(Hook("trl.GRPOTrainer._compute_loss", "inputs", ""), False) is None
 
 
+OWN = (DGRPOTrainer, CheckedPrompts, CompleteCheckpoints)
+
+
 def own_methods():
     return {
         name
-        for owner in (DGRPOTrainer, CompleteCheckpoints)
+        for owner in OWN
         for name, value in vars(owner).items()
         if inspect.isfunction(value) and hasattr(trl.GRPOTrainer, name) and not name.startswith("__")
     }
@@ -83,7 +87,7 @@ def test_attributes_of_trls_trainer_are_still_there(name):
 
 def test_every_private_attribute_of_trls_that_is_used_is_listed():
     theirs = names_on_self(PARENTS) | set(dir(trl.GRPOTrainer))
-    used = {name for name in names_on_self((DGRPOTrainer, CompleteCheckpoints)) & theirs if name.startswith("_")}
+    used = {name for name in names_on_self(OWN) & theirs if name.startswith("_")}
     assert used - own_methods() - set(DGRPOTrainer.__dict__) <= set(ATTRIBUTES)
 
 

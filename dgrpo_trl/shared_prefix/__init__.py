@@ -23,7 +23,7 @@ from .packing import (
     split_by_tokens,
     unpadded,
 )
-from .regrouping import regroup
+from .regrouping import num_regrouped, regroup
 from .sharing import ExactnessCheck, PrefixSharing, share_prefill
 from .support import SUPPORTED_LAYERS, unsupported_reason
 
@@ -46,6 +46,7 @@ __all__ = [
     "choose_kernel",
     "group_rows",
     "no_mask",
+    "num_regrouped",
     "pack",
     "packed_attention",
     "prompt_keys",
