@@ -114,6 +114,22 @@ def length_reward(completions, **kwargs):
     return [float(len(completion[0]["content"]) % 7) for completion in completions]
 
 
+def given_rollouts(tokenizer):
+    """Given completions of unequal length, some without an end: sampling would hide differences."""
+
+    def rollout(prompts, trainer):
+        ids = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
+        generator = torch.Generator().manual_seed(trainer.state.global_step)
+        completions = []
+        for i in range(len(prompts)):
+            length = int(torch.randint(2, 8, (), generator=generator))
+            end = [2] if i % 3 else []
+            completions.append(torch.randint(3, 290, (length,), generator=generator).tolist() + end)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+    return rollout
+
+
 @pytest.fixture
 def make_trainer(tokenizer, dataset, make_model, tmp_path):
     """Builds a trainer of the given class with fast settings; keywords go to its config, or to the trainer."""

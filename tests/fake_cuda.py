@@ -28,6 +28,9 @@ from dgrpo_trl.shared_prefix import MathKernel, Sequences
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parent.parent
+COPIES = (aten.copy_.default, aten._foreach_copy_.default)
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+TAKES_NO_NUMBER = (aten.cat.default, aten.stack.default)
 
 
 class FakeCudaTensor(Tensor):
@@ -107,7 +110,7 @@ class FakeCudaMode(TorchDispatchMode):
 def run(func, args, kwargs, mode: FakeCudaMode | None = None):
     """Runs an operator on the CPU, and says that its results are where CUDA would have put them."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    device, is_pinned = common_device(func, tensors), False
+    device, is_pinned = common_device(func, args, tensors), False
     if kwargs.get("device") is not None:
         device = torch.device(kwargs["device"])
         if func is aten._to_copy.default and device.type == "meta":
@@ -132,16 +135,25 @@ def run(func, args, kwargs, mode: FakeCudaMode | None = None):
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
-def common_device(func, tensors: list[Tensor]) -> torch.device:
-    """Where the results of an operator are, unless it is told. A number on the CPU may meet tensors of any device."""
+def common_device(func, args, tensors: list[Tensor]) -> torch.device:
+    """Where the results of an operator are, unless it is told.
+
+    A number on the CPU may meet tensors of any device, but is not put together with them; an index on the CPU may
+    choose from any, one on the device not from the CPU.
+    """
     if not tensors:
         return torch.device("cpu")
-    mixes = (aten.copy_.default, aten._foreach_copy_.default, aten.index.Tensor, aten.index_put_.default)
-    devices = {tensor.device for tensor in tensors if tensor.dim() > 0 or tensor.device == CUDA}
-    if len(devices) > 1 and func not in mixes:
+    if func in COPIES:
+        return tensors[0].device
+    if func in INDEXING and args[0].device == CUDA:
+        tensors = [leaf for leaf in tree_leaves((args[0], args[2:])) if isinstance(leaf, Tensor)]
+    devices = {
+        tensor.device for tensor in tensors if tensor.dim() > 0 or tensor.device == CUDA or func in TAKES_NO_NUMBER
+    }
+    if len(devices) > 1:
         found = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"Expected all tensors of {func} to be on the same device, but found {found}")
-    return tensors[0].device if func in mixes or not devices else devices.pop()
+    return devices.pop() if devices else tensors[0].device
 
 
 def calling_line() -> str:
@@ -157,8 +169,9 @@ def mm_with_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return (a.to(out_dtype) @ b.to(out_dtype)).to(out_dtype)
 
 
-def flash_sequences(cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right) -> Sequences:
+def flash_sequences(q, k, cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right) -> Sequences:
     q_lengths, k_lengths = (tuple(cum.diff().tolist()) for cum in (cum_q, cum_k))
+    assert (sum(q_lengths), sum(k_lengths)) == (q.size(0), k.size(0))  # CUDA would read what lies beyond
     assert cum_q.dtype == cum_k.dtype == torch.int32 and (max_q, max_k) == (max(q_lengths), max(k_lengths))
     causal = causal or window_size_right == 0
     return Sequences(q_lengths, k_lengths, causal, window_size_left)
@@ -176,7 +189,7 @@ def flash_forward(
 ):  # fmt: skip
     check_flash_tensors(q, k, v)
     assert dropout == 0.0 and not return_mask
-    sequences = flash_sequences(cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right)
+    sequences = flash_sequences(q, k, cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right)
     out, lse = MathKernel().forward(q, k, v, scale, sequences)
     return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
@@ -188,7 +201,7 @@ def flash_backward(
     check_flash_tensors(grad, q, k, v, out)
     assert dropout == 0.0 and lse.dtype == torch.float32 and lse.is_contiguous() and grad.is_contiguous()
     assert lse.shape == (q.size(1), q.size(0))
-    sequences = flash_sequences(cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right)
+    sequences = flash_sequences(q, k, cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right)
     return MathKernel().backward(grad, q, k, v, out, lse, scale, sequences)
 
 

@@ -1,5 +1,5 @@
 """Naive float64 versions of everything the loss is made of, written from the definitions and sharing nothing with the
-package: full logits, plain softmax, autograd."""
+package: full masks and logits, plain softmax, autograd."""
 
 import torch
 import torch.nn.functional as F
@@ -59,3 +59,25 @@ def normalize(values, mask, loss_type, max_completion_length, num_items, accumul
     if loss_type == "luspo":
         return total / len(values) / accumulation_steps
     return total / num_items
+
+
+def attention(q, k, v, layout, scale, window):
+    """Of a packed row, with a mask of L x L; `q` of shape `(L, Hq, D)`."""
+    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    positions = torch.zeros(layout.num_tokens, dtype=torch.long)
+    for group in layout.groups:
+        start, end = group.start, group.start + group.prefix_length
+        positions[start:end] = torch.arange(group.prefix_length)
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+        branch = end
+        for length in group.branch_lengths:
+            positions[branch : branch + length] = group.prefix_length + torch.arange(length)
+            seen[branch : branch + length, start:end] = True
+            seen[branch : branch + length, branch : branch + length] = torch.ones(length, length).tril().bool()
+            branch += length
+    if window is not None:
+        seen &= positions[:, None] - positions[None] < window
+    repeats = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)

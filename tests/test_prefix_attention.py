@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import attention as naive_attention
 from torch.library import Library
 from torch.nn.attention import current_flash_attention_impl
 from torch.torch_version import TorchVersion
@@ -31,28 +32,6 @@ from dgrpo_trl.shared_prefix.kernels import TorchCPUKernel, TorchFlashKernel
 
 CPU = torch.device("cpu")
 LAYOUT = PrefixLayout((Group(0, 37, (5, 1, 9)), Group(52, 0, (3,)), Group(55, 11, (12, 30))))
-
-
-def naive_attention(q, k, v, layout, scale, window):
-    """Straight from the definition, with a mask of L x L; `q` of shape `(L, Hq, D)`."""
-    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
-    positions = torch.zeros(layout.num_tokens, dtype=torch.long)
-    for group in layout.groups:
-        start, end = group.start, group.start + group.prefix_length
-        positions[start:end] = torch.arange(group.prefix_length)
-        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
-        branch = end
-        for length in group.branch_lengths:
-            positions[branch : branch + length] = group.prefix_length + torch.arange(length)
-            seen[branch : branch + length, start:end] = True
-            seen[branch : branch + length, branch : branch + length] = torch.ones(length, length).tril().bool()
-            branch += length
-    if window is not None:
-        seen &= positions[:, None] - positions[None] < window
-    repeats = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
 def random_qkv(layout, dtype=torch.float64, head_dim=8):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, given_rollouts
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from test_trainer import LORA, generation_batch, loss_and_gradients, rollouts_of, weights
@@ -50,22 +50,6 @@ def apart(trainer, other, start):
     return (torch.cat([(ours[name] - theirs[name]).flatten() for name in start]).norm() / moved).item()
 
 
-def rollout_func(tokenizer):
-    """Given completions of unequal length, some without an end: sampling would hide differences."""
-
-    def rollout(prompts, trainer):
-        ids = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts]
-        generator = torch.Generator().manual_seed(trainer.state.global_step)
-        completions = []
-        for i in range(len(prompts)):
-            length = int(torch.randint(2, 8, (), generator=generator))
-            end = [2] if i % 3 else []
-            completions.append(torch.randint(3, 290, (length,), generator=generator).tolist() + end)
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
-
-    return rollout
-
-
 # --- Equality with GRPOTrainer
 
 
@@ -99,7 +83,7 @@ def test_training_equals_grpo_trainer(make_trainer, make_model, tokenizer, tmp_p
             trainer_class,
             str(tmp_path / "student"),
             max_steps=4,
-            rollout_func=rollout_func(tokenizer),
+            rollout_func=given_rollouts(tokenizer),
             **copy.deepcopy(options),
             **extra,
         )
@@ -126,7 +110,7 @@ def test_a_mixture_of_experts_with_its_auxiliary_loss_equals_grpo_trainer(make_t
         trainer = make_trainer(
             trainer_class,
             make_model("Qwen3Moe", **EXPERTS),
-            rollout_func=rollout_func(tokenizer),
+            rollout_func=given_rollouts(tokenizer),
             **options,
             **extra,
         )
@@ -187,7 +171,7 @@ def test_training_with_a_teacher_is_the_same_with_and_without(
             str(tmp_path / "student"),
             teacher_model=make_model("Llama", seed=1, hidden_size=48, num_hidden_layers=3, head_dim=12),
             train_dataset=Dataset.from_list(rows),
-            rollout_func=rollout_func(tokenizer),
+            rollout_func=given_rollouts(tokenizer),
             shared_prefix=shared_prefix,
             per_device_train_batch_size=12,
             max_steps=4,
@@ -323,7 +307,7 @@ def test_the_bound_holds_for_everything_that_is_run(make_trainer, make_model, to
         per_device_train_batch_size=8,
         num_iterations=2,
         max_tokens_per_micro_batch=60,
-        rollout_func=rollout_func(tokenizer),
+        rollout_func=given_rollouts(tokenizer),
     )
     trainer.train()
     assert len(packed_tokens) > 8 and max(packed_tokens) <= 60
