@@ -1,4 +1,4 @@
-"""What a run refuses, each rule once: columns, number of rows, lengths, vocabularies, the shared prefix.
+"""What a run refuses, each rule once: rows, their number, lengths, vocabularies, the shared prefix.
 
 No weights are read. Functions called `..._problems` return texts, none where all is well. The trainer raises them
 before weights load, the dry run lists them in its report, the evaluation raises those that concern it.
@@ -6,6 +6,7 @@ before weights load, the dry run lists them in its report, the evaluation raises
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,9 +14,17 @@ from trl import SFTConfig
 
 from .chat import Prompt, max_num_tokens, num_prompt_tokens, num_row_tokens
 from .config import DGRPOConfig
-from .data_loading import column_problems
 from .models import Models
 from .positions import YARN_EXAMPLE, rope_scaling, trained_positions
+from .row_checks import (
+    answer_problems,
+    answer_warnings,
+    compares_references,
+    prompt_column_problems,
+    prompt_problems,
+    reward_column_problems,
+    template_problems,
+)
 from .shared_prefix import unsupported_reason
 
 
@@ -53,6 +62,7 @@ def run_findings(
     num_processes: int,
     tools: Sequence[Callable] | None = None,
     needs_prompts: bool = True,
+    reward_funcs: Sequence[Any] = (),
 ) -> Findings:
     """All that a run of dGRPO, GRPO or on-policy distillation refuses or doubts.
 
@@ -69,12 +79,20 @@ def run_findings(
             Tools that the chat template describes in every prompt.
         needs_prompts (`bool`, *optional*, defaults to `True`):
             Whether every data set must have rows and prompts; an environment may make its own.
+        reward_funcs (`Sequence`, *optional*):
+            Reward functions that get their columns from the data sets alone.
     """
     findings = Findings()
     problems, warnings = findings.problems, findings.warnings
-    if needs_prompts:
-        for name, dataset in datasets.items():
-            problems += dataset_problems(dataset, name)
+    readable = []
+    for name, dataset in datasets.items():
+        faults = _row_problems(args, models, dataset, f"`{name}`", tools, needs_prompts)
+        problems += faults
+        if not faults:
+            readable.append(dataset)
+        answers = _answer_findings(args, dataset, f"`{name}`", reward_funcs)
+        problems += answers.problems
+        warnings += answers.warnings
     if "train_dataset" in datasets:
         problems += batch_problems(args, datasets["train_dataset"], num_processes)
     other_teacher = None if models.teacher is models.student else models.teacher
@@ -98,7 +116,7 @@ def run_findings(
     def count_tokens(prompt: Prompt) -> int:
         return num_prompt_tokens(prompt, models.tokenizer, args.chat_template_kwargs, tools)
 
-    for dataset in datasets.values():
+    for dataset in readable:
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             for reader in _readers(args, models, dataset):
                 problems += _prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
@@ -108,23 +126,55 @@ def run_findings(
 # --- Data
 
 
-def dataset_problems(dataset: Dataset | IterableDataset, name: str) -> list[str]:
-    """Whether there are rows with a prompt. The columns of a stream may be unknown, and are then not checked."""
-    problems = []
-    if dataset.column_names is not None:
-        problems += column_problems(
-            dataset.column_names,
-            ["prompt"],
-            f"`{name}`",
-            "The trainer generates completions for the prompts of that column.",
-            "Rename yours with `dataset.rename_column(old, 'prompt')`, or build it with `dataset.map`.",
-        )
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+def _row_problems(
+    args: DGRPOConfig,
+    models: Models,
+    dataset: Dataset | IterableDataset,
+    name: str,
+    tools: Sequence[Callable] | None,
+    needs_prompts: bool,
+) -> list[str]:
+    """Whether there are rows, each with a prompt that can be read. Of a stream only the columns are checked."""
+    columns = dataset.column_names
+    problems = prompt_column_problems(columns, name) if needs_prompts and columns is not None else []
+    if not isinstance(dataset, Dataset):
+        return problems
+    if needs_prompts and len(dataset) == 0:
+        purpose = "train on" if name == "`train_dataset`" else "evaluate on"
         problems.append(
-            f"`{name}` is empty. There is nothing to train on. Check the path and the split, and whether a filter "
+            f"{name} is empty. There is nothing to {purpose}. Check the path and the split, and whether a filter "
             "dropped every row."
         )
+    for column in ("prompt", args.teacher_prompt_column if models.teacher else None):
+        if column not in columns:
+            continue
+        faults = prompt_problems(dataset[column], name, column, takes_none=column != "prompt")
+        is_text = models.student.get_text_config() is models.student  # a processor has a template of its own
+        if not faults and is_text:
+            faults = template_problems(dataset[column], name, models.tokenizer, args.chat_template_kwargs, tools)
+        problems += faults
     return problems
+
+
+def _answer_findings(
+    args: DGRPOConfig, dataset: Dataset | IterableDataset, name: str, reward_funcs: Sequence[Any]
+) -> Findings:
+    """Whether reward functions get the columns that they take."""
+    findings = Findings()
+    columns = dataset.column_names
+    if columns is None:
+        return findings
+    if args.remove_unused_columns:
+        columns, fix = [], "Set `remove_unused_columns=False`."
+    else:
+        fix = "Rename yours with `dataset.rename_column`, or give the argument a default."
+    findings.problems += reward_column_problems(reward_funcs, columns, name, fix)
+    comparing = [func for func in reward_funcs if compares_references(func)]
+    if comparing and "answer" in columns and isinstance(dataset, Dataset):
+        findings.problems += answer_problems(dataset["answer"], name, comparing[0])
+        if not findings.problems:
+            findings.warnings += answer_warnings(dataset["answer"], name, comparing[0])
+    return findings
 
 
 def image_problems(datasets: Mapping[str, Dataset | IterableDataset]) -> list[str]:
@@ -222,7 +272,14 @@ def _prompt_length_problems(
 
 
 def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> list[str]:
-    """A problem if rows for SFT, `prompt` and `completion`, have more tokens than the student has positions."""
+    """A problem if rows for SFT, `prompt` and `completion`, cannot be read, or have more tokens than the student has
+    positions."""
+    faults = [
+        *prompt_problems(dataset["prompt"], "`train_dataset`"),
+        *prompt_problems(dataset["completion"], "`train_dataset`", "completion"),
+    ]
+    if faults:
+        return faults
     positions = trained_positions(models.student)
     if positions is None or (args.max_length is not None and args.max_length <= positions):  # none is longer
         return []
