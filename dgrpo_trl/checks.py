@@ -34,10 +34,14 @@ MAX_ROWS_TOKENIZED = 512
 
 @dataclass
 class Findings:
-    """What is wrong with a run: with `problems` it must not start, with `warnings` it may."""
+    """What is wrong with a run: with `problems` it must not start, with `warnings` it may.
+
+    Without `rows_are_readable` nothing can be said of lengths.
+    """
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    rows_are_readable: bool = True
 
     def raise_for_problems(self) -> None:
         """Raises [`ValueError`] that lists all problems, if there are any."""
@@ -88,6 +92,7 @@ def run_findings(
     for name, dataset in datasets.items():
         faults = _row_problems(args, models, dataset, f"`{name}`", tools, needs_prompts)
         problems += faults
+        findings.rows_are_readable &= not faults
         if not faults:
             readable.append(dataset)
         answers = _answer_findings(args, dataset, f"`{name}`", reward_funcs)
@@ -139,14 +144,10 @@ def _row_problems(
     problems = prompt_column_problems(columns, name) if needs_prompts and columns is not None else []
     if not isinstance(dataset, Dataset):
         return problems
-    if needs_prompts and len(dataset) == 0:
-        purpose = "train on" if name == "`train_dataset`" else "evaluate on"
-        problems.append(
-            f"{name} is empty. There is nothing to {purpose}. Check the path and the split, and whether a filter "
-            "dropped every row."
-        )
+    if needs_prompts:
+        problems += _empty_problems(dataset, name)
     for column in ("prompt", args.teacher_prompt_column if models.teacher else None):
-        if column not in columns:
+        if column is None or column not in columns:
             continue
         faults = prompt_problems(dataset[column], name, column, takes_none=column != "prompt")
         is_text = models.student.get_text_config() is models.student  # a processor has a template of its own
@@ -154,6 +155,16 @@ def _row_problems(
             faults = template_problems(dataset[column], name, models.tokenizer, args.chat_template_kwargs, tools)
         problems += faults
     return problems
+
+
+def _empty_problems(dataset: Dataset, name: str) -> list[str]:
+    if len(dataset) > 0:
+        return []
+    purpose = "train on" if name == "`train_dataset`" else "evaluate on"
+    return [
+        f"{name} is empty. There is nothing to {purpose}. Check the path and the split, and whether a filter dropped "
+        "every row."
+    ]
 
 
 def _answer_findings(
@@ -271,15 +282,28 @@ def _prompt_length_problems(
     ]
 
 
-def supervised_problems(args: SFTConfig, models: Models, dataset: Dataset) -> list[str]:
-    """A problem if rows for SFT, `prompt` and `completion`, cannot be read, or have more tokens than the student has
-    positions."""
-    faults = [
-        *prompt_problems(dataset["prompt"], "`train_dataset`"),
-        *prompt_problems(dataset["completion"], "`train_dataset`", "completion"),
-    ]
-    if faults:
-        return faults
+def supervised_findings(
+    args: SFTConfig, models: Models, datasets: Mapping[str, Dataset | IterableDataset]
+) -> Findings:
+    """What SFT refuses of rows with `prompt` and `completion`: what cannot be read, or is longer than the positions.
+
+    Streams are not checked.
+    """
+    findings = Findings()
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            continue
+        faults = [
+            *_empty_problems(dataset, f"`{name}`"),
+            *prompt_problems(dataset["prompt"], f"`{name}`"),
+            *prompt_problems(dataset["completion"], f"`{name}`", "completion"),
+        ]
+        findings.rows_are_readable &= not faults
+        findings.problems += faults or _row_length_problems(args, models, dataset)
+    return findings
+
+
+def _row_length_problems(args: SFTConfig, models: Models, dataset: Dataset) -> list[str]:
     positions = trained_positions(models.student)
     if positions is None or (args.max_length is not None and args.max_length <= positions):  # none is longer
         return []

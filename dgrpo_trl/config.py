@@ -216,11 +216,18 @@ class LongBlocksArguments(ScriptArguments):
     short_share: float = field(
         default=0.1, metadata={"help": "Share of short rows, below 1; the paper's is 0.1. 0 mixes none in."}
     )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set to evaluate on: file, folder or Hub id. Its split is `dataset_test_split`, or the only "
+            "one that a file or a folder has. None takes `dataset_test_split` of `dataset_name`."
+        },
+    )
     test_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the documents that is held out for evaluation, by a hash of their id; 0 takes "
-            "`dataset_test_split` instead."
+            "help": "Share of the documents that is held out for evaluation instead, by a hash of their id; 0 holds "
+            "none out."
         },
     )
     books: str | None = field(

@@ -63,7 +63,7 @@ def load_rows(
         name, has_slice, _ = split.strip().partition("[")
         if name not in parts and (needs_split or not _is_single(path)):
             raise MissingSplitError(name_or_path, name, parts)
-        rows = parts.get(name, parts.get("train"))()
+        rows = parts[name if name in parts else "train"]()
         return _slice(rows, split, name) if has_slice else rows
     except MissingSplitError:
         raise

@@ -1,10 +1,13 @@
 """What a run knows of its models before their weights load: configurations, tokenizers, vocabularies."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from trl import SFTConfig
 
 from .config import DGRPOConfig
@@ -80,7 +83,36 @@ def load_config(name_or_path: str, init_kwargs: dict[str, Any] | None = None, **
     """
     given = init_kwargs or {}
     changes = {name: given[name] for name in POSITION_ARGUMENTS if given.get(name) is not None}
-    return AutoConfig.from_pretrained(name_or_path, **hub_kwargs, **changes)
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **hub_kwargs, **changes)
+    except (OSError, ValueError):
+        refuse_adapter(name_or_path, **hub_kwargs)
+        raise
+
+
+def refuse_adapter(name_or_path: str, **hub_kwargs: Any) -> None:
+    """Raises [`ValueError`] for a folder, or a Hub id, that holds a PEFT adapter and no model.
+
+    Where a model's configuration lies beside it, transformers loads both.
+    """
+    path = Path(name_or_path)
+    if (path / CONFIG_NAME).exists():
+        return
+    found = find_adapter_config_file(name_or_path, revision=hub_kwargs.get("revision"))
+    if found is None:
+        return
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    merged = f"{name_or_path.rstrip('/')}-merged"
+    tokenizer = base if path.is_dir() and not (path / "tokenizer_config.json").exists() else name_or_path
+    raise ValueError(
+        f"{name_or_path!r} is a PEFT adapter of {base!r}, and no model: the weights of the base are not in it. Merge "
+        f"both, and name {merged!r}:\n"
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({name_or_path!r}).merge_and_unload()"
+        f".save_pretrained({merged!r})\n"
+        f"transformers.AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained({merged!r})\n"
+        "A student that is to be trained on as an adapter is passed to the trainer as a `PeftModel`, loaded with "
+        "`is_trainable=True`."
+    )
 
 
 def load_student_tokenizer(
@@ -91,6 +123,8 @@ def load_student_tokenizer(
     Raises:
         ValueError: If it cannot be read.
     """
+    if Path(name_or_path).is_dir():
+        refuse_adapter(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -108,6 +142,8 @@ def load_teacher_config(teacher: str | PreTrainedModel, args: DGRPOConfig) -> Pr
     """
     if not isinstance(teacher, str):
         return teacher.config
+    if Path(teacher).is_dir():
+        refuse_adapter(teacher)
     try:
         return load_config(teacher, teacher_init_kwargs(args), **teacher_hub_kwargs(args))
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelerate.logging import get_logger
@@ -11,7 +12,8 @@ from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import image_problems, run_findings
 from .config import DGRPOConfig
-from .models import read_models
+from .models import read_models, refuse_adapter
+from .row_checks import named_datasets
 from .teacher import resolve_teacher
 from .trl_compat import get_config_model_id, keep_to_one_gpu
 
@@ -57,6 +59,7 @@ def prepare(
     processing_class: ProcessingClass | None,
     peft_config: Any,
     tools: list[Callable] | None,
+    rollout_func: Callable | None,
     environment_factory: Callable | dict[str, Callable] | None,
     teacher_model: str | PreTrainedModel | None,
 ) -> PreparedRun:
@@ -77,13 +80,21 @@ def prepare(
             "No reward source provided. Pass `reward_funcs`, or an `environment_factory` whose environment defines a "
             "`get_reward` method; or a teacher, `teacher_model` with `distill_coef > 0`, to learn from it alone."
         )
+    datasets = named_datasets(train_dataset, eval_dataset)
     if processing_class is None:
         processing_class = _load_processing_class(model, args)
-    datasets = _named_datasets(train_dataset, eval_dataset)
     if teacher is not None and (problems := image_problems(datasets)):
         raise NotImplementedError(problems[0])
     models = read_models(model, teacher, args, getattr(processing_class, "tokenizer", processing_class))
-    findings = run_findings(args, models, datasets, args.world_size, tools, environment_factory is None)
+    findings = run_findings(
+        args,
+        models,
+        datasets,
+        args.world_size,
+        tools,
+        needs_prompts=environment_factory is None,
+        reward_funcs=reward_funcs if rollout_func is None else (),  # whose output has columns too
+    )
     for warning in findings.warnings:
         logger.warning(warning)
     findings.raise_for_problems()
@@ -118,14 +129,9 @@ def _listed(reward_funcs: Any) -> list[Any]:
     return [] if reward_funcs is None else [reward_funcs]
 
 
-def _named_datasets(train_dataset: AnyDataset | None, eval_dataset: AnyDatasets | None) -> dict[str, AnyDataset]:
-    datasets = {} if train_dataset is None else {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        return datasets | {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return datasets if eval_dataset is None else datasets | {"eval_dataset": eval_dataset}
-
-
 def _load_processing_class(model: "str | PreTrainedModel | PeftModel", args: DGRPOConfig) -> ProcessingClass:
+    if isinstance(model, str) and Path(model).is_dir():
+        refuse_adapter(model)
     # With the arguments that the parent uses: it is passed on, so that it is loaded once
     loaded: ProcessingClass = AutoProcessor.from_pretrained(
         model if isinstance(model, str) else get_config_model_id(model.config),

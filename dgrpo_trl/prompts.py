@@ -7,6 +7,7 @@ from trl import GRPOTrainer, is_conversational
 from .chat import escape_messages
 from .checks import arriving_prompt_problems, raise_problems
 from .config import DGRPOConfig
+from .row_checks import prompt_problems
 from .shared_prefix import unpadded
 
 
@@ -28,6 +29,7 @@ class CheckedPrompts(GRPOTrainer):
         return tokenized
 
     def _escaped(self, prompts: list) -> list:
+        raise_problems(prompt_problems(prompts, "This batch"))  # streams are checked no earlier
         if not is_conversational({"prompt": prompts[0]}):
             return prompts  # texts, whose control tokens are meant
         return [escape_messages(prompt, self._tokenizer) for prompt in prompts]

@@ -268,9 +268,7 @@ def reward_column_problems(reward_funcs: Sequence[Any], columns: Iterable[str], 
     problems = []
     for func in reward_funcs:
         missing = [argument for argument in _required_arguments(func) if argument not in columns]
-        problems += column_problems(
-            columns, missing, name, f"The reward function `{_name(func)}` takes it.", fix
-        )
+        problems += column_problems(columns, missing, name, f"The reward function `{_name(func)}` takes it.", fix)
     return problems
 
 
@@ -308,11 +306,13 @@ def answer_problems(answers: Iterable[Any], name: str, reward_func: Any) -> list
     wrong = [row for row, entry in enumerate(entries) if not _is_reference(entry)]
     if wrong:
         entry = entries[wrong[0]]
+        text = '[str(part) for part in row["answer"]]' if isinstance(entry, list) else 'str(row["answer"])'
         return [
             f"{name}: in {len(wrong)} of {len(entries)} rows, first in row {wrong[0]} (from 0), the `answer` is a "
             f"{type(entry).__name__}: {entry!r:.80}. The reward function `{_name(reward_func)}` compares text. "
             "Convert the column to strings, or to lists of strings of which any is right: "
-            '`dataset.map(lambda row: {"answer": str(row["answer"])})`.'
+            f'`dataset = dataset.map(lambda row: {{"text": {text}}}, remove_columns="answer")'
+            '.rename_column("text", "answer")`.'
         ]
     if entries and not any(entries):
         return [

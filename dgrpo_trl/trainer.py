@@ -171,6 +171,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
             processing_class,
             peft_config,
             tools,
+            rollout_func,
             environment_factory,
             teacher_model,
         )

@@ -17,7 +17,7 @@ from dgrpo_trl.checks import (
     packing_warnings,
     raise_problems,
     run_findings,
-    supervised_problems,
+    supervised_findings,
     vocabulary_problems,
 )
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
@@ -165,11 +165,15 @@ def test_a_row_for_sft_may_fill_the_positions(tokenizer):
     assert 64 in lengths
     dataset = Dataset.from_dict({"prompt": rows, "completion": [answer] * len(rows)})
     args = SFTConfig("out", **CPU, max_length=None)
-    (problem,) = supervised_problems(args, student, dataset)
+
+    def problems(args, dataset):
+        return supervised_findings(args, student, {"train_dataset": dataset}).problems
+
+    (problem,) = problems(args, dataset)
     num_over = sum(length > 64 for length in lengths)
     assert problem.startswith(f"{num_over} of 100 rows are too long: the longest has {max(lengths)} tokens")
-    assert not supervised_problems(args, student, dataset.select(range(lengths.index(64) + 1)))
-    assert not supervised_problems(SFTConfig("out", **CPU, max_length=64), student, dataset)
+    assert not problems(args, dataset.select(range(lengths.index(64) + 1)))
+    assert not problems(SFTConfig("out", **CPU, max_length=64), dataset)
 
 
 def test_packed_rows_are_for_flash_attention():

@@ -30,7 +30,11 @@ def run(hub, tmp_path):
     def run(*command, token=TOKEN, home="home", fails=False):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / home)}
-        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT / "tests")}
+        env |= {
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        }
         process = subprocess.run(
             [sys.executable, *map(str, command)], env=env, cwd=tmp_path, capture_output=True, text=True
         )
@@ -191,3 +195,57 @@ def test_a_run_takes_models_and_rows_from_the_hub_and_pushes_its_model(hub, run,
     assert pushed["model.safetensors"] != hub.repositories["models/me/student"].branches["main"]["model.safetensors"]
     card = pushed["README.md"].decode()
     assert "me/teacher" in card and "me/rows" in card and "datasets/me/rows" in card
+
+
+EVALUATE = """
+import json
+from dgrpo_trl.config import LongBlocksArguments
+from dgrpo_trl.training_data import load_training_data
+
+def answers(name, **options):
+    try:
+        train, test = load_training_data(LongBlocksArguments(dataset_name=name, **options), None, with_test=True)
+    except ValueError as error:
+        return str(error)
+    return ["".join(row["answer"] for row in rows) for rows in (train, test)]
+
+parts = {"dataset_train_split": "train[:75%]", "dataset_test_split": "train[75%:]"}
+print(json.dumps([
+    answers("me/both"),
+    answers("me/both", dataset_streaming=True),
+    answers("me/alone"),
+    answers("me/alone", dataset_streaming=True),
+    answers("me/alone", dataset_test_split="train"),
+    answers("me/alone", **parts),
+    answers("me/alone", eval_dataset_name="me/both"),
+]))
+"""
+
+
+def test_what_is_evaluated_on_is_a_split_of_the_hub_or_an_error(hub, run):
+    def rows(answers):
+        return parquet([{"prompt": f"Ship {answer}?", "answer": answer} for answer in answers])
+
+    train, test = "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"
+    hub.repositories["datasets/me/both"] = Repository(False, {"main": {train: rows("abcd"), test: rows("ef")}})
+    hub.repositories["datasets/me/alone"] = Repository(False, {"main": {train: rows("ghij")}})
+    both, streamed, alone, streamed_alone, same, parts, other = json.loads(run("-c", EVALUATE).splitlines()[-1])
+    assert both == streamed == ["abcd", "ef"] and parts == ["ghi", "j"] and other == ["ghij", "ef"]
+    for error in (alone, streamed_alone):
+        assert error.startswith("There are no rows to evaluate on") and "`eval_dataset_name`" in error
+    assert "These are the same rows" in same
+
+
+ADAPTER = """
+from dgrpo_trl.models import load_config
+try:
+    load_config("me/adapter")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_adapter_on_the_hub_is_named_as_one(hub, run):
+    adapter = json.dumps({"base_model_name_or_path": "me/student"}).encode()
+    hub.repositories["models/me/adapter"] = Repository(False, {"main": {"adapter_config.json": adapter}})
+    assert "'me/adapter' is a PEFT adapter of 'me/student', and no model" in run("-c", ADAPTER)

@@ -127,3 +127,115 @@ def test_a_row_without_an_answer_is_no_row_for_sft(tmp_path, tokenizer):
     path = str(write_jsonl(tmp_path / "rows.jsonl", [row(id="a"), row(id="b", answer=" ")]))
     train, _ = load_training_data(LongBlocksArguments(dataset_name=path), tokenizer, completion_column="answer")
     assert len(train) == 1
+
+
+# --- Rows to evaluate on
+
+
+def prompt_rows(first, last):
+    return [{"prompt": [{"role": "user", "content": f"Ship {i}?"}], "answer": str(i)} for i in range(first, last)]
+
+
+def write(kind, folder, **splits):
+    """Rows by split, as the kind of data that `dataset_name` may be."""
+    sets = {name: Dataset.from_list(rows) for name, rows in splits.items()}
+    folder.mkdir()
+    if kind == "file":
+        sets["train"].to_json(folder / "rows.jsonl")
+        return str(folder / "rows.jsonl")
+    if kind == "saved":
+        sets["train"].save_to_disk(folder)
+    elif kind == "saved splits":
+        datasets.DatasetDict(sets).save_to_disk(folder)
+    for name, rows in sets.items():
+        if kind == "Parquet":
+            rows.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+        elif kind == "JSONL":
+            rows.to_json(folder / f"{name}.jsonl")
+    return str(folder)
+
+
+KINDS = ["file", "saved", "saved splits", "Parquet", "JSONL"]
+BY_SPLIT = ["saved splits", "Parquet", "JSONL"]
+
+
+def load_both(tokenizer, name, **options):
+    train, test = load_training_data(LongBlocksArguments(dataset_name=name, **options), tokenizer, with_test=True)
+    return [[row["answer"] for row in rows] for rows in (train, test)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_test_split_that_is_not_there_is_no_reason_to_evaluate_on_training_rows(
+    tmp_path, tokenizer, kind, streaming
+):
+    name = write(kind, tmp_path / "rows", train=prompt_rows(0, 10))
+    with pytest.raises(ValueError, match="There are no rows to evaluate on: .* has no split 'test'.*") as error:
+        load_both(tokenizer, name, dataset_streaming=streaming)
+    for way_out in ("`eval_dataset_name`", "`dataset_test_split`", "`test_share`", "`eval_strategy: 'no'`"):
+        assert way_out in str(error.value)
+    load_training_data(LongBlocksArguments(dataset_name=name), tokenizer)  # nothing is evaluated
+    with pytest.raises(ValueError, match="These are the same rows"):
+        load_both(tokenizer, name, dataset_streaming=streaming, dataset_test_split="train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", BY_SPLIT)
+def test_a_test_split_that_is_there_is_evaluated_on(tmp_path, tokenizer, kind, streaming):
+    name = write(kind, tmp_path / "rows", train=prompt_rows(0, 4), test=prompt_rows(4, 6))
+    assert load_both(tokenizer, name, dataset_streaming=streaming) == [["0", "1", "2", "3"], ["4", "5"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_may_be_cut_in_two(tmp_path, tokenizer, kind):
+    name = write(kind, tmp_path / "rows", train=prompt_rows(0, 5))
+    parts = {"dataset_train_split": "train[:80%]", "dataset_test_split": "train[80%:]"}
+    assert load_both(tokenizer, name, **parts) == [["0", "1", "2", "3"], ["4"]]
+    with pytest.raises(ValueError, match="These are the same rows, in part at least"):
+        load_both(tokenizer, name, **{**parts, "dataset_test_split": "train[60%:]"})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_data_set_may_be_evaluated_on(tmp_path, tokenizer, kind, streaming):
+    train = write("file", tmp_path / "train", train=prompt_rows(0, 4))
+    test = write(kind, tmp_path / "test", train=prompt_rows(4, 6))
+    options = {"eval_dataset_name": test, "dataset_streaming": streaming}
+    assert load_both(tokenizer, train, **options) == [["0", "1", "2", "3"], ["4", "5"]]
+    with pytest.raises(ValueError, match="`eval_dataset_name` is .* and `test_share` is 0.5"):
+        load_both(tokenizer, train, **options, test_share=0.5)
+    with pytest.raises(ValueError, match="There are no rows to evaluate on: .* cannot be read"):
+        load_both(tokenizer, train, eval_dataset_name=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ValueError, match="There are no rows to evaluate on"):  # the same, by another name
+        load_both(tokenizer, train, eval_dataset_name=str(tmp_path / "test" / ".." / "train" / "rows.jsonl"))
+
+
+def test_the_test_split_of_another_data_set_goes_before_its_only_one(tmp_path, tokenizer):
+    train = write("file", tmp_path / "train", train=prompt_rows(0, 2))
+    test = write("Parquet", tmp_path / "test", train=prompt_rows(2, 4), test=prompt_rows(4, 6))
+    assert load_both(tokenizer, train, eval_dataset_name=test) == [["0", "1"], ["4", "5"]]
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        load_both(tokenizer, train, eval_dataset_name=test, dataset_test_split="dev")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_rows_are_not_trained_on_in_a_stream_either(tmp_path, tokenizer, streaming):
+    rows = [{**row, "id": str(i)} for i, row in enumerate(prompt_rows(0, 40))]
+    name = write("file", tmp_path / "rows", train=rows)
+    train, test = load_both(tokenizer, name, test_share=0.3, dataset_streaming=streaming)
+    assert sorted(map(int, train + test)) == list(range(40)) and len(test) > 3
+
+
+def test_sft_leaves_out_rows_without_a_completion(tmp_path, tokenizer, caplog):
+    rows = [{**row, "answer": answer} for row, answer in zip(prompt_rows(0, 3), ["a", None, " "], strict=True)]
+    name = write("file", tmp_path / "rows", train=rows)
+    with caplog.at_level(logging.WARNING):
+        train, _ = load_training_data(LongBlocksArguments(dataset_name=name), tokenizer, completion_column="answer")
+    assert len(train) == 1 and "2 of 3 rows are left out: empty_completion" in caplog.text
+
+
+@pytest.mark.parametrize("completion", [3, [{"role": "assistant", "content": "3"}]], ids=["number", "messages"])
+def test_sft_learns_numbers_as_text_and_messages_as_they_are(tmp_path, tokenizer, completion):
+    name = write("file", tmp_path / "rows", train=[{**row, "answer": completion} for row in prompt_rows(0, 2)])
+    train, _ = load_training_data(LongBlocksArguments(dataset_name=name), tokenizer, completion_column="answer")
+    assert train[0]["completion"] == [{"role": "assistant", "content": "3"}]

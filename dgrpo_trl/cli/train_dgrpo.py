@@ -51,10 +51,10 @@ def load_reward_funcs(script_args: DGRPOScriptArguments) -> list[Callable]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run = prepare_run(DGRPOScriptArguments, DGRPOConfig, arguments, __doc__)
+    run = prepare_run(DGRPOScriptArguments, DGRPOConfig, arguments, __doc__, load_reward_funcs)
     if run is None:
         return
     from ..trainer import DGRPOTrainer  # takes seconds, which `--help` and a dry run do without
 
-    trainer = DGRPOTrainer(**run.trainer_arguments, reward_funcs=load_reward_funcs(run.script_args))
+    trainer = DGRPOTrainer(**run.trainer_arguments, reward_funcs=run.reward_funcs)
     train_to_the_end(trainer, run.script_args.dataset_name)

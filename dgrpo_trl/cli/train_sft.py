@@ -9,10 +9,9 @@ a key that no argument matches is an error.
 
 from collections.abc import Sequence
 
-from datasets import Dataset
 from trl import SFTConfig
 
-from ..checks import raise_problems, supervised_problems
+from ..checks import supervised_findings
 from ..config import SFTScriptArguments
 from ..models import read_models
 from ..run.training import train_to_the_end
@@ -23,9 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = prepare_run(SFTScriptArguments, SFTConfig, arguments, __doc__)
     if run is None:
         return
-    if isinstance(run.train_dataset, Dataset):
-        models = read_models(run.model_args.model_name_or_path, None, run.training_args, run.tokenizer)
-        raise_problems(supervised_problems(run.training_args, models, run.train_dataset))
+    models = read_models(run.model_args.model_name_or_path, None, run.training_args, run.tokenizer)
+    supervised_findings(run.training_args, models, run.datasets).raise_for_problems()
     from ..sft_trainer import ResumableSFTTrainer  # takes seconds, which `--help` and a dry run do without
 
     trainer = ResumableSFTTrainer(**run.trainer_arguments, processing_class=run.tokenizer)

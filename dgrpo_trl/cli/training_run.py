@@ -1,7 +1,7 @@
 """What the training commands do before there is a trainer: arguments, tokenizer, data, dry run, id of the run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import TrainingRunArguments
 from ..models import load_student_tokenizer
 from ..preflight import GPUS, preflight, read_engine, without_gpu
+from ..row_checks import named_datasets
 from ..run.console import quiet_known_warnings
 from ..run.training import keep_run_id
 from ..training_data import AnyDataset, load_training_data
@@ -30,6 +31,12 @@ class TrainingRun(Generic[Arguments]):
     tokenizer: PreTrainedTokenizerBase
     train_dataset: AnyDataset
     eval_dataset: AnyDataset | None
+    reward_funcs: list[Callable]
+
+    @property
+    def datasets(self) -> dict[str, AnyDataset]:
+        """By the name of the trainer's argument."""
+        return named_datasets(self.train_dataset, self.eval_dataset)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -49,8 +56,9 @@ def prepare_run(
     config_class: type[TrainingArguments],
     arguments: Sequence[str] | None = None,
     description: str | None = None,
+    load_reward_funcs: Callable[[Arguments], list[Callable]] | None = None,
 ) -> TrainingRun[Arguments] | None:
-    """Reads command line, tokenizer and data.
+    """Reads command line, reward functions, tokenizer and data.
 
     Args:
         script_class (`type`):
@@ -61,6 +69,8 @@ def prepare_run(
             The command line; that of this process by default.
         description (`str`, *optional*):
             What `--help` prints above the flags.
+        load_reward_funcs (`Callable`, *optional*):
+            From the arguments to the reward functions of the command, if it has any.
 
     Returns:
         [`TrainingRun`], or `None` after a dry run, whose report is printed.
@@ -81,6 +91,7 @@ def prepare_run(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    reward_funcs = [] if load_reward_funcs is None else load_reward_funcs(script_args)
     tokenizer = load_student_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
@@ -102,9 +113,11 @@ def prepare_run(
             GPUS[script_args.gpu],
             script_args.mfu,
             get_peft_config(model_args),
+            eval_dataset,
+            reward_funcs,
         )
         print(report)
         report.raise_for_problems()
         return None
     keep_run_id(training_args)
-    return TrainingRun(script_args, training_args, model_args, tokenizer, train_dataset, eval_dataset)
+    return TrainingRun(script_args, training_args, model_args, tokenizer, train_dataset, eval_dataset, reward_funcs)

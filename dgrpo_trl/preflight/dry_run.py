@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..chat import num_prompt_tokens, num_row_tokens
-from ..checks import image_problems, packing_warnings, run_findings, supervised_problems
+from ..checks import image_problems, packing_warnings, run_findings, supervised_findings
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..models import Models, read_models
 from ..positions import rope_scaling, stated_positions, trained_positions
+from ..row_checks import named_datasets
 from ..shared_prefix import unsupported_reason
 from ..teacher import resolve_teacher
 from .engine import Engine
@@ -41,6 +43,8 @@ def preflight(
     gpu: Gpu,
     mfu: float = 0.4,
     peft_config: Any = None,
+    eval_dataset: Dataset | None = None,
+    reward_funcs: Sequence[Any] = (),
 ) -> Report:
     """Checks a run of dGRPO, or of SFT, before it starts, and estimates its memory and its time.
 
@@ -61,6 +65,10 @@ def preflight(
             Share of the GPU's peak that training reaches: an assumption.
         peft_config (*optional*):
             LoRA.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Rows to evaluate on, which are checked too.
+        reward_funcs (`Sequence`, *optional*):
+            Reward functions, whose columns the rows must have.
 
     Returns:
         [`Report`]
@@ -80,7 +88,8 @@ def preflight(
     if models.teacher is not None:
         is_base = models.teacher is models.student
         teacher_shape = shape if is_base else Shape.of(models.teacher, trust_remote_code=args.trust_remote_code)
-    dry_run = Preflight(args, models, dataset, Estimates(args, shape, teacher_shape, engine, gpu, mfu))
+    estimates = Estimates(args, shape, teacher_shape, engine, gpu, mfu)
+    dry_run = Preflight(args, models, named_datasets(dataset, eval_dataset), estimates, reward_funcs)
     if is_dgrpo:
         dry_run.rollouts()
     else:
@@ -89,12 +98,21 @@ def preflight(
 
 
 class Preflight:
-    """A dry run, which fills its `report`."""
+    """A dry run, which fills its `report`. The estimates are left out where rows cannot be read."""
 
-    def __init__(self, args: TrainingArguments, models: Models, dataset: Dataset, estimates: Estimates):
+    def __init__(
+        self,
+        args: TrainingArguments,
+        models: Models,
+        datasets: Mapping[str, Dataset],
+        estimates: Estimates,
+        reward_funcs: Sequence[Any] = (),
+    ):
         self.args = args
         self.models = models
-        self.dataset = dataset
+        self.datasets = datasets
+        self.dataset = datasets["train_dataset"]
+        self.reward_funcs = reward_funcs
         self.estimates = estimates
         self.engine = estimates.engine
         self.report = Report()
@@ -103,10 +121,12 @@ class Preflight:
 
     def rollouts(self) -> None:
         args, models = self.args, self.models
-        datasets = {"train_dataset": self.dataset}
-        findings = run_findings(args, models, datasets, self.engine.num_processes)
-        self.report.problems += [*(image_problems(datasets) if models.teacher else ()), *findings.problems]
+        findings = run_findings(args, models, self.datasets, self.engine.num_processes, reward_funcs=self.reward_funcs)
+        images = image_problems(self.datasets) if models.teacher else []
+        self.report.problems += [*images, *findings.problems]
         self.report.warnings += findings.warnings
+        if not findings.rows_are_readable:
+            return
         steps = self._rollout_batches()
         own = args.teacher_prompt_column
         if models.teacher is None or own is None or own not in self.dataset.column_names:
@@ -241,8 +261,11 @@ class Preflight:
 
     def supervised(self) -> None:
         args, models = self.args, self.models
-        self.report.problems += supervised_problems(args, models, self.dataset)
+        findings = supervised_findings(args, models, self.datasets)
+        self.report.problems += findings.problems
         self.report.warnings += packing_warnings(args)
+        if not findings.rows_are_readable:
+            return
         lengths, sample = self._row_lengths()
         max_length = args.max_length or max(lengths)
         longest = min(max(lengths), max_length)
