@@ -24,6 +24,7 @@ from .trl_compat import (
     prepare_deepspeed,
     prepare_fsdp,
     use_adapter,
+    without_dropout,
 )
 
 
@@ -265,18 +266,13 @@ class Teacher:
 
     @contextmanager
     def _as_teacher(self) -> Iterator[nn.Module]:
-        """The unwrapped teacher; the student, where it is its own teacher, with its adapter off and in eval mode."""
+        """The unwrapped teacher; the student, where it is its own teacher, without its adapter and dropout."""
         model = self.accelerator.unwrap_model(self.model)
         if not self.is_base:
             yield model
             return
-        was_training = model.training
-        model.eval()
-        try:
-            with use_adapter(model, None):
-                yield model
-        finally:
-            model.train(was_training)
+        with without_dropout(model), use_adapter(model, None):
+            yield model
 
     @torch.no_grad()
     def hidden_states(

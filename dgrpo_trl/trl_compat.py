@@ -5,10 +5,13 @@ The tests compare every entry with the installed versions, and say what changed:
 the pinned versions are raised.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -51,6 +54,7 @@ __all__ = [
     "rotate_checkpoints",
     "split_tensor_dict",
     "use_adapter",
+    "without_dropout",
 ]
 
 # The keyword of a cache in the arguments of `generate` and `_prefill`: from transformers 5.24 on, and before
@@ -195,6 +199,23 @@ def keep_to_one_gpu(args: "GRPOConfig", loads_model: bool) -> None:
     args._n_gpu = 1
     if loads_model:
         args.model_init_kwargs = {"device_map": str(args.device), **(args.model_init_kwargs or {})}
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within it `model` is in eval mode, but for modules that hold weights themselves: these draw nothing.
+
+    bitsandbytes' layers of 4 bits take eval mode on a CPU for the end of training: they repack their weights, and pass
+    on no gradient from then on.
+    """
+    changed = [module for module in model.modules() if module.training and not module._parameters]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
 
 
 def base_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:

@@ -139,6 +139,7 @@ def make_trainer(tokenizer, dataset, make_model, tmp_path):
 
     trainer_arguments = {
         *("teacher_model", "peft_config", "reward_funcs", "rollout_func", "train_dataset", "eval_dataset"),
+        "quantization_config",
     }
 
     def make(trainer_class, model=None, **kwargs):

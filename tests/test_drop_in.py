@@ -114,3 +114,28 @@ def test_a_seed_of_zero_for_the_data_is_a_seed(tmp_path, saved_teacher, monkeypa
     words = ["--model_name_or_path", saved_teacher, "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
     with pytest.raises(RuntimeError, match=f"seed {seed}"):
         training_run.prepare_run(DGRPOScriptArguments, DGRPOConfig, [*words, "--seed", "5", *extra])
+
+
+def run_with(make_trainer, make_model, **options):
+    """The losses of two steps, and their gradients' norms."""
+    trainer = make_trainer(DGRPOTrainer, teacher_model=make_model(seed=1), **options)
+    trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"max_tokens_per_micro_batch": 120}], ids=str)
+def test_a_compiled_student_trains_alike(make_trainer, make_model, more):
+    """Traced, and run as traced: what kernels the graph is compiled to is not ours to test."""
+    plain, _ = run_with(make_trainer, make_model, **more)
+    compiled, trainer = run_with(
+        make_trainer, make_model, torch_compile=True, torch_compile_backend="eager", **more
+    )
+    assert trainer.sharing.is_on and trainer.teacher.sharing.is_on
+    assert compiled == [pytest.approx(entry, rel=1e-4) for entry in plain]
+
+
+@pytest.mark.slow
+def test_continuous_batching_of_transformers_generates(make_trainer, make_model):
+    entries, trainer = run_with(make_trainer, make_model, use_transformers_continuous_batching=True)
+    assert trainer.sharing.is_on and all(norm > 0 for _, norm in entries)

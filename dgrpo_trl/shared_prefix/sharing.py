@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from ..trl_compat import CACHE_NAMES, base_model
+from ..trl_compat import CACHE_NAMES, base_model, without_dropout
 from .attention import register
 from .packing import group_rows, prompt_keys, unpadded
 from .support import unsupported_reason
@@ -101,12 +101,8 @@ class PrefixSharing:
         """
         if not (self.is_on and self.check.is_due(prompts, completions)):
             return
-        was_training = model.training
-        model.eval()  # dropout would differ between the two
-        try:
+        with without_dropout(model):  # it would differ between the two
             self.is_on = self.check.passes(prompts, completions, states)
-        finally:
-            model.train(was_training)
         error, length = self.check.error, self.check.checked_length
         noise = f"; rounding alone changes them by {self.check.noise:.2g}" if self.check.noise else ""
         if self.is_on:
