@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 EXTRAS := cluster,deepspeed,demo,dev,eval,longblocks,wandb
 ifneq ($(wildcard .venv/.gpu),)  # `make install-gpu` was run, and every other target keeps to its versions
 CONSTRAINTS := constraints-gpu.txt
-EXTRAS := $(EXTRAS),flash,vllm
+EXTRAS := $(EXTRAS),flash,quantization,vllm
 endif
 
 .DEFAULT_GOAL := help

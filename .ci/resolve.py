@@ -13,7 +13,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS, GPU_CONSTRAINTS = ROOT / "constraints.txt", ROOT / "constraints-gpu.txt"
-EXTRAS = ("cluster", "deepspeed", "demo", "dev", "eval", "flash", "longblocks", "vllm", "wandb")  # as in the Makefile
+EXTRAS = (
+    "cluster",
+    "deepspeed",
+    "demo",
+    "dev",
+    "eval",
+    "flash",
+    "longblocks",
+    "quantization",
+    "vllm",
+    "wandb",
+)  # as in the Makefile
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORM = "x86_64-manylinux_2_31"
 SOURCES = ("deepspeed", "jieba", "langdetect", "rouge-score", "sqlitedict", "word2number")  # no wheels of them exist

@@ -128,9 +128,7 @@ def run_with(make_trainer, make_model, **options):
 def test_a_compiled_student_trains_alike(make_trainer, make_model, more):
     """Traced, and run as traced: what kernels the graph is compiled to is not ours to test."""
     plain, _ = run_with(make_trainer, make_model, **more)
-    compiled, trainer = run_with(
-        make_trainer, make_model, torch_compile=True, torch_compile_backend="eager", **more
-    )
+    compiled, trainer = run_with(make_trainer, make_model, torch_compile=True, torch_compile_backend="eager", **more)
     assert trainer.sharing.is_on and trainer.teacher.sharing.is_on
     assert compiled == [pytest.approx(entry, rel=1e-4) for entry in plain]
 
