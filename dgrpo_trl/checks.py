@@ -26,6 +26,7 @@ from .row_checks import (
     template_problems,
 )
 from .shared_prefix import unsupported_reason
+from .vocabularies import unreadable_problems, unshared_tokens, vocabulary_problems, vocabulary_warnings
 
 
 # Tokenizing every row of a long-context data set takes hours; the longest rows decide
@@ -88,13 +89,13 @@ def run_findings(
     """
     findings = Findings()
     problems, warnings = findings.problems, findings.warnings
-    readable = []
+    readable: list[tuple[str, Dataset | IterableDataset]] = []
     for name, dataset in datasets.items():
         faults = _row_problems(args, models, dataset, f"`{name}`", tools, needs_prompts)
         problems += faults
         findings.rows_are_readable &= not faults
         if not faults:
-            readable.append(dataset)
+            readable.append((name, dataset))
         answers = _answer_findings(args, dataset, f"`{name}`", reward_funcs)
         problems += answers.problems
         warnings += answers.warnings
@@ -105,12 +106,16 @@ def run_findings(
         if config is not None and args.shared_prefix == "on":
             problems += sharing_problems(unsupported_reason(config), name)
     if other_teacher is not None:
-        problems += vocabulary_problems(
-            models.tokenizer.get_vocab(),
+        student_vocab = models.tokenizer.get_vocab()
+        differing = vocabulary_problems(
+            student_vocab,
             models.teacher_vocab,
             models.student.get_text_config().vocab_size,
             other_teacher.get_text_config().vocab_size,
+            set(models.tokenizer.get_added_vocab()),
         )
+        warnings += vocabulary_warnings(student_vocab, models.teacher_vocab)
+        problems += differing or _unreadable_problems(args, models, dict(readable))
         warnings += teacher_scaling_warnings(models.student, other_teacher)
         if models.teacher_vocab is None:
             warnings.append("The loaded teacher has no tokenizer: its token ids are taken to be the student's.")
@@ -121,7 +126,7 @@ def run_findings(
     def count_tokens(prompt: Prompt) -> int:
         return num_prompt_tokens(prompt, models.tokenizer, args.chat_template_kwargs, tools)
 
-    for dataset in readable:
+    for _, dataset in readable:
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             for reader in _readers(args, models, dataset):
                 problems += _prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
@@ -260,9 +265,7 @@ def _prompt_length_problems(
     Where a row has nothing in the reader's column, its `prompt` is read.
     """
     budget = reader.max_tokens - max_completion_length
-    prompts = dataset[reader.column]
-    if reader.column != "prompt":
-        prompts = [prompt if own is None else own for own, prompt in zip(prompts, dataset["prompt"], strict=True)]
+    prompts = _prompts_read(dataset, reader.column)
     sizes = [max_num_tokens(prompt) for prompt in prompts]
     found = _rows_over(budget, sizes, lambda i: count_tokens(prompts[i]))
     if found is None:
@@ -280,6 +283,14 @@ def _prompt_length_problems(
         f"{subject} has {longest:,} tokens, more than `vllm_max_model_length` ({reader.max_tokens:,}). vLLM would "
         f"refuse it. {shorten}, or raise `vllm_max_model_length`."
     ]
+
+
+def _prompts_read(dataset: Dataset, column: str) -> Sequence[Prompt]:
+    """The prompts of a column; where a row has none there, its `prompt`."""
+    prompts: Sequence[Prompt] = dataset[column]
+    if column == "prompt":
+        return prompts
+    return [prompt if own is None else own for own, prompt in zip(prompts, dataset["prompt"], strict=True)]
 
 
 def supervised_findings(
@@ -419,6 +430,20 @@ def placement_problems(model: PreTrainedModel, name: str) -> list[str]:
     ]
 
 
+def _unreadable_problems(
+    args: DGRPOConfig, models: Models, datasets: Mapping[str, Dataset | IterableDataset]
+) -> list[str]:
+    """A problem for each data set with prompts that hold tokens that the teacher lacks."""
+    lacking = unshared_tokens(models.tokenizer.get_vocab(), models.teacher_vocab)
+    problems = []
+    for name, dataset in datasets.items():
+        if lacking and isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+            own = args.teacher_prompt_column if args.teacher_prompt_column in dataset.column_names else None
+            prompts = _prompts_read(dataset, own or "prompt")
+            problems += unreadable_problems(prompts, f"`{name}`", models.tokenizer, lacking, args.chat_template_kwargs)
+    return problems
+
+
 def sharing_problems(unsupported_reason: str | None, name: str) -> list[str]:
     """A problem if the model called `name` cannot share prefixes although `shared_prefix` is `"on"`."""
     if unsupported_reason is None:
@@ -427,35 +452,3 @@ def sharing_problems(unsupported_reason: str | None, name: str) -> list[str]:
         f"`shared_prefix` is 'on', but {name} cannot run packed rows exactly: {unsupported_reason}. Set it to 'auto', "
         "which shares wherever that is exact, or to 'off'."
     ]
-
-
-def vocabulary_problems(
-    student_vocab: dict[str, int],
-    teacher_vocab: dict[str, int] | None,
-    student_vocab_size: int,
-    teacher_vocab_size: int,
-) -> list[str]:
-    """Student and teacher must map the same strings to the same ids, and both heads must cover these ids.
-
-    A teacher whose tokens are not known is trusted. The numbers of rows of the heads (`..._vocab_size`) may differ:
-    families pad them differently, and the divergence is taken over the ids that both have.
-    """
-    problems = []
-    differing = student_vocab.items() ^ (student_vocab if teacher_vocab is None else teacher_vocab).items()
-    if differing:
-        token = min(differing, key=lambda item: (item[1], item[0]))[0]
-        student_id, teacher_id = ((vocab or {}).get(token, "none") for vocab in (student_vocab, teacher_vocab))
-        problems.append(
-            "Student and teacher have different vocabularies: the first of "
-            f"{len({token for token, _ in differing})} differing tokens, {token!r}, has id {student_id} for the "
-            f"student and {teacher_id} for the teacher. The divergence compares probabilities of the same ids. Choose "
-            "a teacher that shares the student's tokenizer."
-        )
-    largest_id = max(student_vocab.values())
-    if largest_id >= min(student_vocab_size, teacher_vocab_size):
-        problems.append(
-            f"The tokenizer has ids up to {largest_id}, but the LM heads have {student_vocab_size} (student) and "
-            f"{teacher_vocab_size} (teacher) rows. Both must have a row for every id. Resize the smaller model's "
-            "embeddings, or choose a teacher of the student's family."
-        )
-    return problems

@@ -106,7 +106,8 @@ DIVERGENCES = {
 class Distillation:
     """What the policy is compared with, at N tokens, and how.
 
-    Where the heads differ in size, both distributions are restricted to the ids of the smaller one and renormalized.
+    Both distributions are restricted to the ids that they are compared on, and renormalized: those of the smaller head
+    without `unshared_ids`.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(N, H_teacher)`):
@@ -118,6 +119,8 @@ class Distillation:
             `"jsd"` the generalized Jensen-Shannon divergence.
         jsd_mixture (`float`, *optional*, defaults to `0.5`):
             The weight of the teacher in the mixture of `"jsd"`, in (0, 1).
+        unshared_ids (`tuple[int, ...]`, *optional*):
+            Ids that mean nothing to one of the models.
 
     Raises:
         ValueError: If the divergence is unknown, or the weight is out of range.
@@ -127,6 +130,7 @@ class Distillation:
     head: LMHead
     divergence: str = "reverse_kl"
     jsd_mixture: float = 0.5
+    unshared_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.divergence not in DIVERGENCES:
@@ -168,7 +172,13 @@ def token_terms(
     teacher = None
     if distillation is not None:
         divergence = DIVERGENCES[distillation.divergence]
-        teacher = TeacherSide(distillation.hidden_states, distillation.head, divergence, distillation.jsd_mixture)
+        teacher = TeacherSide(
+            distillation.hidden_states,
+            distillation.head,
+            divergence,
+            distillation.jsd_mixture,
+            distillation.unshared_ids,
+        )
     return tiled_token_terms(hidden_states, head, targets, temperature, teacher, fp32_projection)
 
 

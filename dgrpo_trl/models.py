@@ -13,6 +13,7 @@ from trl import SFTConfig
 from .config import DGRPOConfig
 from .positions import POSITION_ARGUMENTS, trained_positions
 from .trl_compat import get_config_model_id
+from .vocabularies import unshared_ids
 
 
 # As a teacher's name: the PEFT student with its adapter off
@@ -41,6 +42,11 @@ class Models:
     stored_student: PreTrainedConfig
     teacher: PreTrainedConfig | None = None
     teacher_vocab: dict[str, int] | None = None
+
+    @property
+    def unshared_ids(self) -> tuple[int, ...]:
+        """Ids that are a token of one of the two models alone."""
+        return unshared_ids(self.tokenizer.get_vocab(), self.teacher_vocab)
 
     def positions(self) -> dict[str, int | None]:
         """Positions of each model that reads prompts, by what messages call it."""

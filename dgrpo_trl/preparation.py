@@ -41,6 +41,8 @@ class PreparedRun:
             `None` where none is used.
         positions (`dict[str, int | None]`):
             Of each model that reads prompts, by what messages call it.
+        unshared_ids (`tuple[int, ...]`):
+            Ids that are a token of student or teacher alone.
     """
 
     args: DGRPOConfig
@@ -48,6 +50,7 @@ class PreparedRun:
     reward_funcs: list[Any]
     teacher: str | PreTrainedModel | None
     positions: dict[str, int | None]
+    unshared_ids: tuple[int, ...]
 
 
 def prepare(
@@ -106,7 +109,7 @@ def prepare(
         keep_to_one_gpu(args, loads_model=isinstance(model, str))
     if not reward_funcs and teacher is not None:
         reward_funcs = [no_reward]
-    return PreparedRun(args, processing_class, reward_funcs, teacher, models.positions())
+    return PreparedRun(args, processing_class, reward_funcs, teacher, models.positions(), models.unshared_ids)
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:

@@ -26,6 +26,7 @@ from .trl_compat import (
     use_adapter,
     without_dropout,
 )
+from .vocabularies import unreadable_problem
 
 
 logger = get_logger(__name__)
@@ -189,6 +190,8 @@ class Teacher:
         waits_on_host (`bool`, *optional*, defaults to `False`):
             Keep the weights in the memory of the host while there is nothing to score, all but those of the LM head,
             which the student's loss reads.
+        unshared_ids (`tuple[int, ...]`, *optional*):
+            Ids that mean nothing to one of the models: it never reads them.
 
     Raises:
         NotImplementedError: If the weights cannot be moved: under FSDP, or quantized ones.
@@ -203,8 +206,10 @@ class Teacher:
         temperature: float,
         fp32_projection: bool = False,
         waits_on_host: bool = False,
+        unshared_ids: tuple[int, ...] = (),
     ):
         self.accelerator = accelerator
+        self.unshared_ids = unshared_ids
         self._host_weights: HostWeights | None = None
         self.fp32_projection = fp32_projection
         self.sharing = sharing
@@ -254,15 +259,31 @@ class Teacher:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the teacher can read."""
+        """Rows of its embedding, some of which may stand for no string."""
         return base_model(self.accelerator.unwrap_model(self.model)).config.get_text_config().vocab_size
 
     def readable(self, completion_ids: Tensor, pad_token_id: int) -> Tensor:
-        """`completion_ids` with padding for the ids that the teacher does not have.
+        """`completion_ids` with `pad_token_id` for the ids that the teacher does not have.
 
-        A student with the larger head may sample one of its padding rows: an id that stands for no string at all.
+        A student may sample a token that was added to its tokenizer alone, or one of the padding rows of a larger
+        head: an id that stands for no string at all.
         """
-        return completion_ids.masked_fill(completion_ids >= self.vocab_size, pad_token_id)
+        return completion_ids.masked_fill(self._is_unknown(completion_ids), pad_token_id)
+
+    def _is_unknown(self, ids: Tensor) -> Tensor:
+        return (ids >= self.vocab_size) | torch.isin(ids, torch.tensor(self.unshared_ids, device=ids.device).long())
+
+    def _padding(self, pad_token_id: int) -> int:
+        """The student's padding, or any id in its place that the teacher has: it is masked, or stands for nothing."""
+        unshared = set(self.unshared_ids)
+        return next(i for i in (pad_token_id, *range(self.vocab_size)) if i < self.vocab_size and i not in unshared)
+
+    def _check_readable(self, prompts: list[list[int]]) -> None:
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor(prompt, dtype=torch.long)
+            unknown = ids[self._is_unknown(ids)].tolist()
+            if unknown:
+                raise_problems([unreadable_problem("This batch", f"row {row}", unknown)])
 
     @contextmanager
     def _as_teacher(self) -> Iterator[nn.Module]:
@@ -305,7 +326,12 @@ class Teacher:
 
         Returns:
             `torch.Tensor` of shape `(B, T, H_teacher)`, no gradient; 0 where the mask is 0.
+
+        Raises:
+            ValueError: If a prompt has a token that the teacher does not have.
         """
+        self._check_readable(prompts)
+        pad_token_id = self._padding(pad_token_id)
         completion_ids = self.readable(completion_ids, pad_token_id)
         rollouts = Rollouts.from_prompts(prompts, completion_ids, completion_mask, pad_token_id)
         with self._on_device(), self._as_teacher():

@@ -17,16 +17,25 @@ class TeacherTerm:
             Divergence and `loss_type`.
         num_processes (`int`):
             Ranks, over which gradients are averaged.
+        unshared_ids (`tuple[int, ...]`, *optional*):
+            See [`~losses.Distillation`].
     """
 
-    def __init__(self, args: DGRPOConfig, num_processes: int):
+    def __init__(self, args: DGRPOConfig, num_processes: int, unshared_ids: tuple[int, ...] = ()):
         self.args = args
         self.num_processes = num_processes
+        self.unshared_ids = unshared_ids
 
     def distillation(self, inputs: dict[str, Any], head: LMHead) -> Distillation:
         """What the student's forward compares itself with."""
         args = self.args
-        return Distillation(inputs["teacher_hidden_states"], head, args.distill_divergence, args.distill_jsd_mixture)
+        return Distillation(
+            inputs["teacher_hidden_states"],
+            head,
+            args.distill_divergence,
+            args.distill_jsd_mixture,
+            self.unshared_ids,
+        )
 
     def __call__(self, inputs: dict[str, Any], tokens: DistilledTokens, accumulation_steps: int | None) -> Tensor:
         """The term without its coefficient, a scalar.

@@ -124,12 +124,13 @@ class Divergence(NamedTuple):
 
 
 class TeacherSide(NamedTuple):
-    """What the policy is compared with; `w` is the weight of the teacher in a mixture."""
+    """What the policy is compared with, on ids that are not `unshared_ids`; `w` weighs the teacher in a mixture."""
 
     hidden_NH: Tensor
     head: LMHead
     divergence: Divergence
     w: float
+    unshared_ids: tuple[int, ...] = ()
 
 
 def tiled_token_terms(
@@ -243,13 +244,31 @@ class _Sweep:
         return _slices(0, hidden_NH.size(0), size) or [slice(0, 0)]  # without a row, outputs are empty, not missing
 
     def column_tiles(self) -> Iterator[tuple[slice, _Teacher | None]]:
-        """Tiles of the policy's vocabulary, each with the teacher if it is compared on this one."""
+        """Tiles of the policy's vocabulary, each with the teacher if it is compared on this one: these come first."""
         size = self.policy.head.weight.size(0)
         num_shared = 0 if self.teacher is None else min(size, self.teacher.projection.head.weight.size(0))
-        for columns in _slices(0, num_shared, TILE_VOCAB):
-            yield columns, self.teacher
-        for columns in _slices(num_shared, size, TILE_VOCAB):
-            yield columns, None
+        shared, others = _parted(num_shared, () if self.teacher is None else self.teacher.side.unshared_ids)
+        others.append((num_shared, size))
+        for parts, teacher in ((shared, self.teacher), (others, None)):
+            for start, stop in parts:
+                for columns in _slices(start, stop, TILE_VOCAB):
+                    yield columns, teacher
+
+
+def _parted(stop: int, left_out: Iterable[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Runs of the ids below `stop` that are not in `left_out`, and of those that are."""
+    kept: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    start = 0
+    for i in sorted(i for i in left_out if i < stop):
+        if i > start:
+            kept.append((start, i))
+        if others and others[-1][1] == i:
+            others[-1] = (others[-1][0], i + 1)
+        else:
+            others.append((i, i + 1))
+        start = i + 1
+    return [*kept, (start, stop)], others
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:

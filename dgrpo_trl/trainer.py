@@ -207,7 +207,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         self._prepare_student()
         self.teacher_model: nn.Module | None = None
         if run.teacher is not None:
-            self._prepare_teacher(run.teacher)
+            self._prepare_teacher(run.teacher, run.unshared_ids)
 
     def _watch_the_run(self) -> None:
         """What records, or reacts to, what happens while it trains."""
@@ -245,8 +245,8 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
                     unwrapped = base_model(self.accelerator.unwrap_model(policy))
                     add_completion_scoring(unwrapped, self.temperature, self.args.cast_lm_head_to_fp32)
 
-    def _prepare_teacher(self, teacher: str | PreTrainedModel) -> None:
-        self._teacher_term = TeacherTerm(self.args, self.accelerator.num_processes)
+    def _prepare_teacher(self, teacher: str | PreTrainedModel, unshared_ids: tuple[int, ...]) -> None:
+        self._teacher_term = TeacherTerm(self.args, self.accelerator.num_processes, unshared_ids)
         self._window = AccumulationWindow(self.accelerator)
         self._teacher_seconds = 0.0
         model, sharing = None, self.sharing
@@ -261,6 +261,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
             self.temperature,
             self.args.cast_lm_head_to_fp32,
             self.args.teacher_offload is not None,
+            unshared_ids,
         )
         if model is not None:
             self.teacher_model = self.teacher.model

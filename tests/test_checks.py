@@ -18,7 +18,6 @@ from dgrpo_trl.checks import (
     raise_problems,
     run_findings,
     supervised_findings,
-    vocabulary_problems,
 )
 from dgrpo_trl.evaluation.arguments import EvaluationArguments
 from dgrpo_trl.evaluation.runs import EvaluationRun
@@ -210,16 +209,6 @@ def test_a_generation_batch_of_all_processes_must_be_filled(tokenizer, num_rows,
     problems = find(models(tokenizer), [prompt(1)] * num_rows, num_processes=3, gradient_accumulation_steps=2).problems
     assert len(problems) == num_problems
     assert all("has 5 rows, and a generation batch takes 6 prompts (24 completions" in problem for problem in problems)
-
-
-def test_vocabularies_by_hand():
-    assert not vocabulary_problems(VOCAB, VOCAB, 3, 4) and not vocabulary_problems(VOCAB, None, 3, 3)
-    (problem,) = vocabulary_problems(VOCAB, {"a": 0, "b": 2, "c": 1}, 3, 3)
-    assert "the first of 2 differing tokens, 'b', has id 1 for the student and 2 for the teacher" in problem
-    (problem,) = vocabulary_problems(VOCAB, {"a": 0, "b": 1}, 3, 3)
-    assert "'c', has id 2 for the student and none for the teacher" in problem
-    (problem,) = vocabulary_problems(VOCAB, VOCAB, 3, 2)
-    assert "ids up to 2, but the LM heads have 3 (student) and 2 (teacher) rows" in problem
 
 
 def test_a_teacher_without_a_tokenizer_is_warned_of(tokenizer):
