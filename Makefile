@@ -11,7 +11,7 @@ EXTRAS := $(EXTRAS),flash,quantization,vllm
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu demo reproduce test test-versions lint format bench
+.PHONY: help install install-gpu gpu-check demo reproduce test test-versions lint format bench
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
 		--editable '.[$(EXTRAS)]'
 	@touch $(INSTALLED)
+
+gpu-check: $(INSTALLED)  ## Check kernels, steps, memory and speed on the GPU that is there (under 10 minutes)
+	@$(BIN)/python scripts/gpu_check.py
 
 demo: $(INSTALLED)  ## Train a real model on real text: cold start, dGRPO, evaluation, comparison
 	@$(BIN)/python scripts/demo.py

@@ -23,6 +23,7 @@ import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from datasets import Dataset
@@ -136,10 +137,9 @@ def make_trainer(student, teacher, num_rows: int, device: str, **options):
             per_device_train_batch_size=num_rows,
             num_generations=max(2, num_rows),
             generation_batch_size=max(2, num_rows),
-            bf16=device == "cuda",
             use_cpu=device == "cpu",
             report_to="none",
-            **options,
+            **{"bf16": device == "cuda", **options},
         )
         trainer = trainer_class(
             student,
@@ -149,7 +149,9 @@ def make_trainer(student, teacher, num_rows: int, device: str, **options):
             processing_class=make_tokenizer(),
             **({} if teacher is None else {"teacher_model": teacher}),
         )
-    trainer.model.train()
+    trainer.model.to(device).train()
+    if options.get("gradient_checkpointing"):  # otherwise the start of training does it
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -209,19 +211,10 @@ def measure_step(trainer_name: str, vocab_size: int, hidden_size: int, num_token
     return {"MiB": peak_mib(device) - before, "teacher must": teacher_must}
 
 
-def _in_child(queue, function, arguments):
-    queue.put(function(*arguments))
-
-
 def in_child(function, *arguments):
     """Calls `function` in a fresh process, whose peak memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_in_child, args=(queue, function, arguments))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def print_steps(args: argparse.Namespace, device: str) -> None:

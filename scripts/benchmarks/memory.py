@@ -33,9 +33,6 @@ def make_step(device: str, shares: bool, checkpoints: bool, lengths: tuple[int, 
         max_completion_length=lengths[1],
         shared_prefix="on" if shares else "off",
     )
-    trainer.model.to(device)
-    if checkpoints:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(0)
     size = trainer.model.config.vocab_size
     prompt = torch.randint(1, size, (1, lengths[0]), generator=generator).repeat(NUM_ROWS, 1)

@@ -87,7 +87,6 @@ class Step:
             max_completion_length=completion_length,
             **({"shared_prefix": way} if self.teaches else {}),
         )
-        self.trainer.model.to(device)
         generator = torch.Generator().manual_seed(0)
         vocab_size = self.trainer.model.config.vocab_size
         prompt = torch.randint(1, vocab_size, (1, prompt_length), generator=generator)
