@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -22,6 +25,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """[`write_text`] of JSON, with all characters as they are."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def read_table(package: str, name: str) -> Any:
+    """A YAML file beside the modules of a package."""
+    return yaml.safe_load(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def sha256_of(path: Path) -> str:

@@ -26,6 +26,7 @@ UNSPACED = (
 )
 # Korean has spaces, but particles join its words, and a character is a syllable
 HANGUL = "\uac00-\ud7a3"
+IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # A word; or one character of a script without spaces, which counts as a word of its own
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 
@@ -43,6 +44,12 @@ def iter_ngrams(tokens: list[str], length: int) -> Iterator[tuple[str, ...]]:
 def hash_ngram(ngram: tuple[str, ...]) -> bytes:
     """Eight bytes that stand for an n-gram."""
     return hashlib.blake2b(" ".join(ngram).encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def hash_share(text: str, seed: int) -> float:
+    """A number in [0, 1) that depends only on the text and the seed: the same on every machine and in every run."""
+    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def iter_strings(value: Any) -> Iterator[str]:

@@ -139,7 +139,7 @@ def test_nothing_is_left_out_without_a_reason(built):
 
 
 def test_every_reason_is_explained_and_every_explanation_has_a_reason(tmp_path):
-    with pytest.raises(ValueError, match="'blocks' left something out for boredom, .*reasons.py"):
+    with pytest.raises(ValueError, match="'blocks' left something out for boredom, .*reasons.yaml"):
         Store(tmp_path).write("blocks", "a", KEPT_SCHEMA, [], [Drop("blocks", "s", "1", "boredom")], 1)
     for reason in ("truncated", "verification_truncated", "no_verdict", "verification_no_verdict"):
         assert reasons.is_known("verification", reason)

@@ -24,8 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dgrpo_trl.longblocks.records import Document, Drop
 from dgrpo_trl.longblocks.sources import files
-from dgrpo_trl.longblocks.sources.books import book_pages
-from dgrpo_trl.longblocks.sources.corpora import CORPORA, two_letter
+from dgrpo_trl.longblocks.sources.corpora import CORPORA, book_pages, two_letter
 from dgrpo_trl.longblocks.sources.reading import SourceConfig
 
 

@@ -3,13 +3,11 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
+from ..extras import import_extra
 from ..text import HANGUL, UNSPACED
 
-
-if TYPE_CHECKING:
-    from py3langid.langid import LanguageIdentifier
 
 # From a text to its language, `None` where it is not certain, and the confidence
 Identify = Callable[[str], tuple[str | None, float]]
@@ -24,15 +22,9 @@ _MIN_OTHER_LANGUAGE_CONFIDENCE = 0.95
 
 
 def identify(text: str) -> tuple[str | None, float]:
-    """The language of a text.
+    """The language of some sentences, as its two-letter code, and the confidence in [0, 1].
 
-    Args:
-        text (`str`):
-            Some sentences.
-
-    Returns:
-        `tuple[str | None, float]`: the two-letter code and the confidence in [0, 1]; `None` where a text is too short
-        or could be in several languages.
+    It is `None` where a text is too short or could be in several languages.
     """
     letters = [character for character in text if character.isalpha()]
     if len(letters) < _MIN_LETTERS and len(_DENSE.findall(text)) < _MIN_DENSE_LETTERS:
@@ -43,30 +35,13 @@ def identify(text: str) -> tuple[str | None, float]:
 
 
 @functools.cache
-def _identifier() -> "LanguageIdentifier":
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ImportError(
-            "Recognizing languages needs `py3langid`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
-        ) from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+def _identifier() -> Any:
+    langid = import_extra("py3langid.langid", "Recognizing languages")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def other_language(texts: dict[str, str], language: str, identify: Identify) -> tuple[str, float] | None:
-    """Which of some texts is in another language than it should be, such as "the question is in fr".
-
-    Args:
-        texts (`dict[str, str]`):
-            The texts, by what they are: "question", "answer", ...
-        language (`str`):
-            Two-letter code of the language that they should be in.
-        identify (`Callable`):
-            Maps a text to its language, `None` where it is not certain, and the confidence.
-
-    Returns:
-        `tuple[str, float] | None`: the first that is, and the confidence in it; `None` if none is with certainty.
-    """
+    """Says which of some texts, by name, is in another language, as "the question is in fr", and how certainly."""
     for name, text in texts.items():
         found, confidence = identify(text)
         if found not in (None, language) and confidence > _MIN_OTHER_LANGUAGE_CONFIDENCE:

@@ -14,35 +14,16 @@ UNANSWERABLE = "unanswerable"
 
 @dataclass(frozen=True)
 class Document:
-    """A long text of a source.
+    """A long text of a source."""
 
-    Args:
-        text (`str`):
-            The text. Offsets of blocks and evidence count its characters.
-        source (`str`):
-            Name of the source, for the column `source`.
-        source_id (`str`):
-            Identifier in the source: a title, a path, a bar code.
-        language (`str`, *optional*):
-            Two-letter code; `None` while it is unknown.
-        license (`str`, *optional*):
-            Licence as the source states it.
-        url (`str`, *optional*):
-            Where the document can be read.
-        kind (`str`, *optional*, defaults to `"text"`):
-            `"text"`, `"markdown"` or `"code"`: where its natural borders are.
-        num_tokens (`int`, *optional*):
-            Length in tokens of the configured tokenizer; `None` while it has not been counted.
-    """
-
-    text: str
-    source: str
-    source_id: str
-    language: str | None = None
-    license: str | None = None
-    url: str | None = None
-    kind: Kind = "text"
-    num_tokens: int | None = None
+    text: str  # offsets of blocks and evidence count its characters
+    source: str  # for the column `source`
+    source_id: str  # in the source: a title, a path, a bar code
+    language: str | None = None  # two-letter code; `None` while it is unknown
+    license: str | None = None  # as the source states it
+    url: str | None = None  # where it can be read
+    kind: Kind = "text"  # where its natural borders are
+    num_tokens: int | None = None  # of the configured tokenizer; `None` while they have not been counted
 
     @cached_property
     def sha256(self) -> str:
@@ -57,76 +38,37 @@ class Document:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A block that an answer rests on: `document[start:end]` is its text.
+    """A block that an answer rests on: `document[start:end]` is its text."""
 
-    Args:
-        block (`str`):
-            Id of the block.
-        start (`int`):
-            Offset of its first character.
-        end (`int`):
-            Offset after its last character.
-    """
-
-    block: str
+    block: str  # its id
     start: int
     end: int
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found out about a row.
-
-    Args:
-        name (`str`):
-            Name of the check.
-        passed (`bool`):
-            Whether the row may stay.
-        score (`float`):
-            Its measure, whose meaning the check documents; higher is better.
-        reason (`str`):
-            Why, in a few words.
-    """
+    """What one check found out about a row."""
 
     name: str
     passed: bool
-    score: float
-    reason: str
+    score: float  # its measure, whose meaning the check documents; higher is better
+    reason: str  # in a few words
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question on a document, with its answer and what the answer rests on.
+    """A question on a document, with its answer and what the answer rests on."""
 
-    Args:
-        document_id (`str`):
-            Id of the [`Document`] that the row was made from.
-        source, language (`str`):
-            Of that document; the language is that of question and answer too.
-        question, answer (`str`):
-            The question, and its reference answer.
-        task (`str`):
-            Kind of question.
-        evidence (`tuple[Evidence, ...]`):
-            The blocks that the answer rests on; offsets count in `document`, or in the source document's text.
-        document (`str`, *optional*):
-            The text to read, where it is not that of the source document as it is.
-        checks (`tuple[Check, ...]`, *optional*):
-            What was checked so far.
-        responses (`dict[str, str]`, *optional*):
-            Answers of teacher models, by model name.
-    """
-
-    document_id: str
+    document_id: str  # of the [`Document`] that it was made from
     source: str
-    language: str
+    language: str  # of question and answer too
     question: str
     answer: str
-    task: str
-    evidence: tuple[Evidence, ...]
-    document: str | None = None
+    task: str  # kind of question
+    evidence: tuple[Evidence, ...]  # offsets count in `document`, or in the source document's text
+    document: str | None = None  # the text to read, where it is not that of the source document as it is
     checks: tuple[Check, ...] = ()
-    responses: dict[str, str] = field(default_factory=dict)
+    responses: dict[str, str] = field(default_factory=dict)  # of teachers, by the name of the model
 
     @cached_property
     def id(self) -> str:
@@ -138,23 +80,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """Something that was left out.
+    """Something that was left out."""
 
-    Args:
-        stage (`str`):
-            Stage of the builder that left it out.
-        source (`str`):
-            Name of the source.
-        item (`str`):
-            Id of the row or of the document; the id in the source where it is a document not yet read in full.
-        reason (`str`):
-            Short name, counted in the summary: `"too_short"`.
-        detail (`str`, *optional*):
-            For a person who wants to know more: the length, the check's reason, the rejected question.
-    """
-
-    stage: str
+    stage: str  # of the builder
     source: str
-    item: str
-    reason: str
-    detail: str = ""
+    item: str  # id of the row or of the document; the id in the source where it is a document not yet read in full
+    reason: str  # counted in the summary, see [`reasons`]
+    detail: str = ""  # for a person: the length, the check's reason, the rejected question

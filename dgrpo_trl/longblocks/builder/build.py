@@ -15,12 +15,7 @@ from .store import KEPT_SCHEMA, Store, document_of
 
 
 class Build:
-    """What the stages of a build work with.
-
-    Args:
-        config, output_dir, shard, num_shards:
-            As for [`Builder`].
-    """
+    """What the stages of a build work with; the arguments are those of [`Builder`]."""
 
     def __init__(self, config: BuildConfig, output_dir: Path, shard: int, num_shards: int):
         self.config = config

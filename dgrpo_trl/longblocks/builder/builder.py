@@ -32,9 +32,8 @@ from ...llm.cache import RequestCache
 from ..reasons import REQUEST_REASONS, may_succeed_again
 from .build import Build
 from .config import GLOBAL_STAGES, STAGES, BuildConfig
-from .dataset_stages import choose_rows, describe, publish
-from .document_stages import read_sources, remove_duplicates
 from .part_stages import PART_STAGES, run_parts
+from .stages import choose_rows, describe, publish, read_sources, remove_duplicates
 
 
 logger = logging.getLogger(__name__)
@@ -58,13 +57,8 @@ class Builder:
             What to build.
         output_dir (`Path`):
             Folder of the build: `work/` for what stages leave, `dataset/` for what is published, `summary.json`.
-        shard (`int`, *optional*, defaults to `0`):
-            Which share of the parts this process works on; of the sources, in the stage `sources`.
-        num_shards (`int`, *optional*, defaults to `1`):
-            Number of processes that share the work, each with its own `shard`.
-
-    Raises:
-        ValueError: If `shard` is not one of `num_shards`.
+        shard, num_shards (`int`, *optional*):
+            Which share of the parts, or in the stage `sources` of the sources, this process works on, of how many.
     """
 
     def __init__(self, config: BuildConfig, output_dir: Path, shard: int = 0, num_shards: int = 1):
@@ -100,8 +94,8 @@ class Builder:
             `dict`: the summary, which is also in `summary.json`: rows and drops by stage and reason.
 
         Raises:
-            ValueError: If the configuration is not the one that earlier stages were run with, a stage that this one
-                needs has not been run, or a source or an evaluation set cannot be read.
+            ValueError: If the configuration is not the one of earlier stages, a stage that this one needs has not been
+                run, or a source or an evaluation set cannot be read.
             RuntimeError: If another process works on the same shard, or a server refuses every request.
         """
         wanted = [stage for stage in STAGES if stage in set(stages)]
@@ -167,15 +161,13 @@ class Builder:
             cache.forget_failures([reason for reason, may_succeed in REQUEST_REASONS.items() if may_succeed])
             cache.close()
         for index, stage in enumerate(STAGES):
-            parts = {part for part in self.store.parts(stage) if self._has_failures(stage, part)}
+            drops = {part: self.store.drops(stage, part) for part in self.store.parts(stage)}
+            parts = {part for part in drops if any(may_succeed_again(stage, drop.reason) for drop in drops[part])}
             for later in reversed(STAGES[index:]) if parts else ():
                 if later in GLOBAL_STAGES:
                     self.store.remove(later)
                 for part in parts:
                     self.store.remove(later, part)
-
-    def _has_failures(self, stage: str, part: str) -> bool:
-        return any(may_succeed_again(stage, drop.reason) for drop in self.store.drops(stage, part))
 
     # --- Summary
 
@@ -196,11 +188,7 @@ class Builder:
         return summary
 
     def check(self) -> None:
-        """Opens the sources, the tokenizer and the evaluation sets, and reads a little of each; builds nothing.
-
-        Raises:
-            ValueError: For the first of them that cannot be read.
-        """
+        """Opens the sources, the tokenizer and the evaluation sets, and reads a little of each; builds nothing."""
         self.build.tokenizer  # noqa: B018
         for source in self.config.sources:
             source.check()

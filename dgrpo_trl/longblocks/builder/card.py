@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...extras import import_extra
 from ...files import write_text
 from ...strict_model import StrictModel
 from ..records import Drop
@@ -49,9 +50,7 @@ class CardConfig(StrictModel):
         "and `other` where that is not one license, or where the license of a document is not known.",
     )
     tags: tuple[str, ...] = Field(default=("long-context", "synthetic"), description="Tags on the Hub.")
-    task_categories: tuple[str, ...] = Field(
-        default=("question-answering", "text-generation"), description="Task categories on the Hub."
-    )
+    task_categories: tuple[str, ...] = Field(("question-answering", "text-generation"), description="Task categories.")
 
 
 @dataclass
@@ -75,16 +74,7 @@ class Statistics:
     drops: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, record: Mapping[str, Any], num_tokens: int | None = None, license: str | None = None) -> None:
-        """Counts a row.
-
-        Args:
-            record (`Mapping`):
-                Row of the data set, see [`publish.published_record`].
-            num_tokens (`int`, *optional*):
-                Length of its document in tokens; `None` where it is not known.
-            license (`str`, *optional*):
-                License of its document; `None` where it is not known.
-        """
+        """Counts a row of the data set ([`publish.published_record`]); of its document, what is known."""
         self.num_rows += 1
         self.num_without_document += record["document"] is None
         self.sources[record["source"]] += 1
@@ -108,12 +98,8 @@ class Statistics:
 def hub_license(licenses: Iterable[str | None]) -> str:
     """The strictest of some licenses as an identifier of the Hub; `"other"` if no single known one is.
 
-    Args:
-        licenses (`Iterable[str]`):
-            Licenses as sources write them: names, SPDX identifiers, addresses of Creative Commons. `None`: not known.
-
-    Returns:
-        `str`: of several versions of CC BY-SA, the latest, to which the earlier ones may be taken.
+    They are written as sources write them: names, SPDX identifiers, addresses of Creative Commons. Of several versions
+    of CC BY-SA it is the latest, to which the earlier ones may be taken.
     """
     texts = {_normalize_license(license or "") for license in licenses}
     tiers = {text: next((tier for tier, p in _TIERS if re.search(p, text)), _UNKNOWN) for text in texts}
@@ -131,22 +117,9 @@ def _normalize_license(text: str) -> str:
 
 
 def draw_lengths(statistics: Statistics, path: Path) -> None:
-    """Writes the histogram of document lengths as a PNG file.
-
-    Args:
-        statistics ([`Statistics`]):
-            The counts.
-        path (`Path`):
-            File to write.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "The card's figure needs `matplotlib`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
-        ) from error
+    """Writes the histogram of document lengths as a PNG file."""
     bins = range(min(statistics.length_bins), max(statistics.length_bins) + 1)
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = import_extra("matplotlib.figure", "The card's figure").Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     bars = axes.bar([_bin_label(index) for index in bins], [statistics.length_bins[index] for index in bins])
     axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
@@ -162,17 +135,7 @@ def _bin_label(index: int) -> str:
 
 
 def write_card(folder: Path, statistics: Statistics, config: CardConfig, **context: Any) -> Path:
-    """Writes `README.md`, and its figure where lengths are known.
-
-    Args:
-        folder (`Path`):
-            Folder of the data set.
-        statistics, config, context:
-            As for [`render_card`].
-
-    Returns:
-        `Path`: the card.
-    """
+    """Writes `README.md` as [`render_card`] makes it, and its figure where lengths are known."""
     folder.mkdir(parents=True, exist_ok=True)
     if statistics.length_bins:
         draw_lengths(statistics, folder / FIGURE)
@@ -197,31 +160,8 @@ def render_card(
     """The card as text, see `card_template.md`: metadata of the Hub, tables, what was checked, how to build it again.
 
     Names that come from the sources cannot break out of their place: neither Markdown nor HTML in them has an effect.
-
-    Args:
-        statistics ([`Statistics`]):
-            What the rows are.
-        config ([`CardConfig`]):
-            What they do not show.
-        recipe (`str`):
-            The configuration of the build, verbatim; it must hold no secret.
-        fingerprint (`str`):
-            Fingerprint of the configuration.
-        command (`str`):
-            Shell command that builds the set from the recipe.
-        engine (`str`):
-            Who wrote the questions: `"rule"` or `"llm"`.
-        models (`Mapping[str, str]`, *optional*):
-            Models that were asked, by what for.
-        tokenizer (`str`, *optional*):
-            What lengths were counted with.
-        evaluation_sets (`Sequence[str]`, *optional*):
-            Sets whose questions were looked for in the rows.
-        versions (`Mapping[str, str]`, *optional*):
-            Versions of packages; by default those installed.
-
-    Returns:
-        `str`
+    The recipe is shown verbatim, and must hold no secret. `models` maps what a model was asked for to its name;
+    `versions` are by default those of the installed packages.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -237,7 +177,8 @@ def render_card(
         tags=list(config.tags),
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
-    versions = _installed_versions() if versions is None else versions
+    if versions is None:
+        versions = {name: metadata.version(name) for name in _PACKAGES}
     card = DatasetCard.from_template(
         data,
         template_str=resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
@@ -261,10 +202,6 @@ def render_card(
         versions=", ".join(_text(f"{name}=={version}") for name, version in versions.items()),
     )
     return card.content + "\n"
-
-
-def _installed_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _PACKAGES}
 
 
 def _count_tables(statistics: Statistics) -> str:

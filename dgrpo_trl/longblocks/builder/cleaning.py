@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...extras import import_extra
 from ...strict_model import StrictModel
 from ...text import break_special_tokens
 from ..identification import identify
@@ -63,27 +64,18 @@ class CleaningConfig(StrictModel):
 
     repair_encoding: bool = Field(True, description="Repair text that was decoded wrongly (by `ftfy`); not in code.")
     strip_gutenberg: bool = Field(True, description="Remove the header and the license of Project Gutenberg.")
-    break_special_tokens: bool = Field(
-        True, description="Put a zero-width space into the literal text of control tokens, so that they stay text."
-    )
+    break_special_tokens: bool = Field(True, description="Zero-width spaces keep literal control tokens text.")
     scrub_pii: bool = Field(True, description="Replace e-mail addresses and public IPv4 addresses.")
-    secrets: Literal["replace", "drop", "keep"] = Field(
-        "replace", description="What to do with keys whose form is known, such as those of clouds and private keys."
-    )
+    secrets: Literal["replace", "drop", "keep"] = Field("replace", description="What to do with keys of known form.")
     identify_language: bool = Field(True, description="Recognize the language (by `py3langid`); not of code.")
     languages: tuple[str, ...] = Field((), description="Two-letter codes to keep. Default: all.")
     min_tokens: int = Field(512, ge=0, description="Shortest document, in tokens.")
     max_tokens: int | None = Field(None, ge=1, description="Longest document, in tokens. Default: no limit.")
     truncate_too_long: bool = Field(
-        False,
-        description="Cut a document that is too long after the last paragraph that fits instead of dropping it.",
+        False, description="Cut a document that is too long after a paragraph; else drop it."
     )
-    min_letter_share: float = Field(
-        0.5, ge=0, le=1, description="Least share of letters in what is no white space: tables and dumps have less."
-    )
-    max_repeated_line_share: float = Field(
-        0.3, ge=0, le=1, description="Largest share of one line among the lines, from 10 lines on."
-    )
+    min_letter_share: float = Field(0.5, ge=0, le=1, description="Least share of letters in what is no white space.")
+    max_repeated_line_share: float = Field(0.3, ge=0, le=1, description="Largest share of one line, from 10 lines on.")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "CleaningConfig":
@@ -132,16 +124,7 @@ FILTERS: tuple[Filter, ...] = (_no_text, _secret, _mostly_symbols, _repetitive)
 
 
 class Cleaner:
-    """Cleans documents, one at a time.
-
-    Args:
-        config ([`CleaningConfig`]):
-            What to do.
-        count_tokens (`Callable[[str], int]`):
-            Length of a text in tokens.
-        special_tokens (`Collection[str]`, *optional*):
-            Texts of control tokens; `None` takes `WELL_KNOWN_SPECIAL_TOKENS`.
-    """
+    """Cleans documents, one at a time. Without `special_tokens`, `WELL_KNOWN_SPECIAL_TOKENS` are broken up."""
 
     def __init__(
         self, config: CleaningConfig, count_tokens: Callable[[str], int], special_tokens: Collection[str] | None = None
@@ -236,12 +219,7 @@ def strip_gutenberg(text: str) -> str:
 
 
 def _fix_encoding(text: str) -> str:
-    try:
-        import ftfy
-    except ImportError as error:
-        raise ImportError(
-            "Repairing encodings needs `ftfy`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
-        ) from error
+    ftfy = import_extra("ftfy", "Repairing encodings")
     options = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False)
     for _ in range(4):  # text that was decoded wrongly twice
         fixed = ftfy.fix_text(text, options)

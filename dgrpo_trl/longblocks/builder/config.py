@@ -49,12 +49,8 @@ class BuildConfig(StrictModel):
     """What to build. Every key of every section is described where its model is defined, and checked."""
 
     name: str = Field(pattern=r"^[\w][\w.-]*$", description="Name of the build, and of its folder.")
-    tokenizer: str | None = Field(
-        None, description="Counts lengths: path or Hub id. Default: an estimate of four bytes per token."
-    )
-    documents_per_part: int = Field(
-        32, ge=1, description="Documents per part. A part that is not complete is made again after a crash."
-    )
+    tokenizer: str | None = Field(None, description="Counts lengths: path or Hub id. Default: four bytes per token.")
+    documents_per_part: int = Field(32, ge=1, description="Documents per part, the unit that a crash may cost.")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Where documents come from.")
     cleaning: CleaningConfig = CleaningConfig()
     deduplication: DeduplicationConfig = DeduplicationConfig()
@@ -131,13 +127,7 @@ class BuildConfig(StrictModel):
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BuildConfig:
-    """Reads a YAML file.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-        overrides (`Mapping[str, Any]`, *optional*):
-            Values by nested key, such as `{"mixing.max_rows": 10}`; an item of a list is named by its number.
+    """Reads a YAML file; `overrides` are values by nested key, as for [`recipe.override`].
 
     Raises:
         ValueError: If the file cannot be read, or a key is unknown, is missing or has a wrong value; names each.

@@ -5,7 +5,6 @@ of the evaluation set that is shorter. Case, punctuation and forms of the same c
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,13 +13,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ...strict_model import StrictModel
-from ...text import UNSPACED, hash_ngram, iter_ngrams, iter_strings, tokenize
+from ...text import IS_UNSPACED, hash_ngram, iter_ngrams, iter_strings, tokenize
 from ..records import Drop, Row
 
 
 STAGE = "decontamination"
-
-_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class EvaluationSet(StrictModel):
@@ -45,23 +42,13 @@ class DecontaminationConfig(StrictModel):
 
     against: tuple[EvaluationSet, ...] = Field((), description="Evaluation sets to look for.")
     ngram_words: int = Field(13, ge=1, description="Words in a row that are no accident.")
-    ngram_chars: int = Field(
-        26, ge=1, description="Characters in a row, for scripts without spaces: about two to a word."
-    )
-    min_item_words: int = Field(
-        5, ge=1, description="A whole item of fewer words (or twice as many such characters) is not looked for."
-    )
-    check_documents: bool = Field(
-        False, description="Look in documents too, not only in questions, answers and responses."
-    )
+    ngram_chars: int = Field(26, ge=1, description="Characters in a row, for scripts without spaces: two to a word.")
+    min_item_words: int = Field(5, ge=1, description="Shorter items (in such scripts: twice this) are not looked for.")
+    check_documents: bool = Field(False, description="Look in documents too, not only in what is asked and answered.")
 
 
 class Decontaminator:
     """Looks for evaluation sets in rows. Its index takes about 150 MB for a million n-grams.
-
-    Args:
-        config ([`DecontaminationConfig`]):
-            What to look for.
 
     Raises:
         ValueError: If an evaluation set cannot be read, or lacks a column.
@@ -78,7 +65,7 @@ class Decontaminator:
 
     def _length(self, tokens: list[str]) -> int:
         """Tokens of an n-gram of such a text."""
-        unspaced = sum(1 for token in tokens if _IS_UNSPACED.match(token))
+        unspaced = sum(1 for token in tokens if IS_UNSPACED.match(token))
         return self.config.ngram_chars if 2 * unspaced > len(tokens) else self.config.ngram_words
 
     def _ngrams_of_item(self, tokens: list[str]) -> Iterator[tuple[str, ...]]:
@@ -89,14 +76,7 @@ class Decontaminator:
             yield tuple(tokens)
 
     def check(self, row: Row, text: str) -> Drop | None:
-        """Why a row must leave, or `None`.
-
-        Args:
-            row ([`~records.Row`]):
-                The row.
-            text (`str`):
-                Its document.
-        """
+        """Why a row, whose document is `text`, must leave, or `None`."""
         texts = [row.question, row.answer, *row.responses.values(), f"{row.question} {row.answer}"]
         for candidate in [*texts, text] if self.config.check_documents else texts:
             if found := self.find(candidate):

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from ...extras import import_extra
 from ...strict_model import StrictModel
-from ...text import UNSPACED
+from ...text import IS_UNSPACED
 from ..records import Drop
 
 
@@ -25,7 +26,6 @@ STAGE = "deduplication"
 
 _SEED = 1
 _EXACT_BYTES = 8
-_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class DeduplicationConfig(StrictModel):
@@ -33,42 +33,27 @@ class DeduplicationConfig(StrictModel):
 
     enabled: bool = Field(True, description="Whether to look for duplicates at all.")
     near: bool = Field(True, description="Whether to look for near duplicates too, not only exact ones.")
-    threshold: float = Field(
-        0.7, gt=0, le=1, description="Estimated share of common shingles (Jaccard) from which documents are alike."
-    )
+    threshold: float = Field(0.7, gt=0, le=1, description="Estimated Jaccard of shingles from which they are alike.")
     shingle_words: int = Field(5, ge=1, description="Words of a shingle.")
     shingle_chars: int = Field(10, ge=1, description="Characters of a shingle where no space stands between words.")
-    num_bands: int = Field(
-        32, ge=1, description="Bands of the signature; one that agrees makes a pair worth comparing."
-    )
+    num_bands: int = Field(32, ge=1, description="Bands of the signature; a pair is compared where one agrees.")
     rows_per_band: int = Field(4, ge=1, description="Values of a band. More miss more pairs, and compare fewer.")
 
 
 def signature(text: str, config: DeduplicationConfig) -> bytes:
     """What tells whether a text is a duplicate: the same in every process, whatever the order of documents.
 
-    Args:
-        text (`str`):
-            The document.
-        config ([`DeduplicationConfig`]):
-            Shingles and bands.
-
-    Returns:
-        `bytes`: 8 of a hash of the text, then `num_bands * rows_per_band` numbers of 4 bytes, or none of these where
-        near duplicates are not looked for.
+    8 bytes of a hash of the text, then `num_bands * rows_per_band` numbers of 4 bytes, or none of these where near
+    duplicates are not looked for.
     """
     normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     exact = hashlib.blake2b(normalized.encode(), digest_size=_EXACT_BYTES).digest()
     if not (config.enabled and config.near):
         return exact
-    try:
-        from datasketch import MinHash
-    except ImportError as error:
-        raise ImportError(
-            "Finding near duplicates needs `datasketch`. It is not installed. Run `pip install "
-            "'dgrpo-trl[longblocks]'`, or set `deduplication.near: false`."
-        ) from error
-    minhash = MinHash(config.num_bands * config.rows_per_band, seed=_SEED, hashfunc=_hash, scheme="affine32")
+    otherwise = ", or set `deduplication.near: false`"
+    datasketch = import_extra("datasketch", "Finding near duplicates", otherwise=otherwise)
+    num_values = config.num_bands * config.rows_per_band
+    minhash = datasketch.MinHash(num_values, seed=_SEED, hashfunc=_hash, scheme="affine32")
     minhash.update_batch([shingle.encode() for shingle in _shingles(normalized, config)])
     return exact + np.asarray(minhash.hashvalues, dtype="<u4").tobytes()
 
@@ -78,7 +63,7 @@ def _hash(data: bytes) -> int:
 
 
 def _shingles(text: str, config: DeduplicationConfig) -> set[str]:
-    if len(_IS_UNSPACED.findall(text)) * 4 > len(text):
+    if len(IS_UNSPACED.findall(text)) * 4 > len(text):
         size, characters = config.shingle_chars, re.sub(r"\W+", "", text)
         return {characters[i : i + size] for i in range(max(1, len(characters) - size + 1))}
     size, words = config.shingle_words, re.findall(r"\w+", text)
@@ -88,12 +73,8 @@ def _shingles(text: str, config: DeduplicationConfig) -> set[str]:
 class Deduplicator:
     """Decides on documents one after the other. A context manager around an SQLite file.
 
-    Args:
-        path (`Path`):
-            The file; made if it is not there.
-        config ([`DeduplicationConfig`]):
-            What counts as alike. With 32 bands of 4 values, a pair at a Jaccard of 0.7 is compared with a probability
-            of `1 - (1 - 0.7 ** 4) ** 32`, which is 0.9998.
+    With 32 bands of 4 values, a pair at a Jaccard of 0.7 is compared with a probability of `1 - (1 - 0.7 ** 4) ** 32`,
+    which is 0.9998.
     """
 
     def __init__(self, path: Path, config: DeduplicationConfig):
@@ -114,14 +95,7 @@ class Deduplicator:
         self._database.close()
 
     def add(self, record: dict[str, Any], part: str) -> Drop | None:
-        """Remembers a document, unless it is a duplicate: then says of which.
-
-        Args:
-            record (`dict`):
-                `id`, `source`, `source_id` and `signature` of the document.
-            part (`str`):
-                Its part.
-        """
+        """Remembers a document, unless it is a duplicate: then says of which."""
         if not self.config.enabled:
             return None
         exact, values = record["signature"][:_EXACT_BYTES], record["signature"][_EXACT_BYTES:]

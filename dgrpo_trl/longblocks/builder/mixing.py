@@ -38,14 +38,7 @@ class MixingConfig(StrictModel):
 
 
 class Mixer:
-    """Chooses rows with an index on disk, so that memory does not grow with their number.
-
-    Args:
-        path (`Path`):
-            SQLite file, overwritten if it exists.
-        config ([`MixingConfig`]):
-            What to choose.
-    """
+    """Chooses rows with an index in an SQLite file, so that memory does not grow with their number."""
 
     def __init__(self, path: Path, config: MixingConfig):
         self.path, self.config = path, config

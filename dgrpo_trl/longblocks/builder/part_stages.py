@@ -37,20 +37,11 @@ Clients = dict[str, ChatClient]
 
 @dataclass(frozen=True)
 class PartStage:
-    """A stage that works part by part.
+    """A stage that works part by part."""
 
-    Args:
-        inputs (`Callable`):
-            Gives the arguments of the work on each item of a part.
-        make_work (`Callable`):
-            Makes the work from the build and the models that the stage asks.
-        schema (`pa.Schema`, *optional*):
-            Form of the records.
-    """
-
-    inputs: Callable[[Build, str, str], Iterator[tuple[Any, ...]]]
-    make_work: Callable[[Build, Clients], Work]
-    schema: pa.Schema = ROW_SCHEMA
+    inputs: Callable[[Build, str, str], Iterator[tuple[Any, ...]]]  # arguments of the work on each item of a part
+    make_work: Callable[[Build, Clients], Work]  # from the build and the models that the stage asks
+    schema: pa.Schema = ROW_SCHEMA  # of the records
 
 
 def run_parts(build: Build, stage: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from ...strict_model import StrictModel
 from ..records import Document, Drop, Row
-from .store import CHECKS_TYPE, EVIDENCE_TYPE
+from .store import CHECKS_TYPE, EVIDENCE_TYPE, in_chunks
 
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,8 @@ _CHARS_PER_GROUP = 32 * 2**20
 class PublishConfig(StrictModel):
     """What is written, and where it would be uploaded. Nothing is uploaded unless the command line says `--push`."""
 
-    save_to_disk: bool = Field(
-        default=False, description="Also write the folder `saved`, for `datasets.load_from_disk`. It is not uploaded."
-    )
-    max_shard_bytes: int = Field(
-        default=500_000_000, gt=0, description="Size at which a new Parquet file begins, in bytes of text."
-    )
+    save_to_disk: bool = Field(False, description="Also write the folder `saved`, for `load_from_disk`; not uploaded.")
+    max_shard_bytes: int = Field(500_000_000, gt=0, description="Bytes of text at which a new Parquet file begins.")
     repo_id: str | None = Field(default=None, description="Data set on the Hub, as `owner/name`.")
     private: bool = Field(default=True, description="Whether only its owners see it. False publishes it to everyone.")
     revision: str | None = Field(default=None, description="Branch to upload to; created if it does not exist.")
@@ -61,10 +57,6 @@ def response_column(model: str) -> str:
 
 def published_schema(models: Sequence[str] = ()) -> pa.Schema:
     """Columns of the set: those of the published one, in its order and all text, then ours.
-
-    Args:
-        models (`Sequence[str]`, *optional*):
-            Teachers whose responses the set holds, in the order of their columns.
 
     Raises:
         ValueError: If two models would share a column.
@@ -90,21 +82,10 @@ def published_schema(models: Sequence[str] = ()) -> pa.Schema:
 def published_record(
     row: Row, document: Document, models: Sequence[str] = (), *, may_redistribute: bool = True
 ) -> dict[str, Any] | Drop:
-    """A row as it is published.
+    """A row as it is published: the columns of [`published_schema`], or why it may not be.
 
-    Args:
-        row ([`~records.Row`]):
-            The row.
-        document ([`~records.Document`]):
-            Its source document.
-        models (`Sequence[str]`, *optional*):
-            Teachers whose responses the set holds.
-        may_redistribute (`bool`, *optional*, defaults to `True`):
-            Whether the source lets its text be passed on. If not, `document` is `None` and `id` is the id in the
-            source, as in the published set; `document_sha256` tells whether a document joined again is right.
-
-    Returns:
-        `dict` with the columns of [`published_schema`], or [`~records.Drop`].
+    Where the source does not let its text be passed on, `document` is `None` and `id` is the id in the source, as in
+    the published set; `document_sha256` tells whether a document joined again is right.
     """
     if not may_redistribute and row.document is not None:
         return Drop("publish", row.source, row.id, "cannot_be_rejoined", "the document is not the source's text")
@@ -134,20 +115,7 @@ def write_parquet(
     """Writes `data/train-00000-of-00004.parquet` and so on; in memory is one row group at a time.
 
     The files of an earlier run are replaced when all new ones are written. The same rows give the same bytes, so that
-    the Hub need not be sent a file twice.
-
-    Args:
-        rows (`Iterable[Mapping]`):
-            Rows of [`published_record`], in the order to write them.
-        folder (`Path`):
-            Folder of the set; created if it does not exist.
-        models (`Sequence[str]`, *optional*):
-            Teachers whose responses the set holds.
-        max_shard_bytes (`int`, *optional*, defaults to `500_000_000`):
-            Size at which a new file begins, in bytes before compression.
-
-    Returns:
-        `list[Path]`: the files, in order.
+    the Hub need not be sent a file twice. A new file begins at `max_shard_bytes`, before compression.
 
     Raises:
         ValueError: If there is no row, or two models would share a column.
@@ -172,14 +140,11 @@ def write_parquet(
 
 def _row_groups(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
     """Rows as tables of limited size."""
-    group, num_chars = [], 0
-    for row in rows:
-        group.append(row)
-        num_chars += sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(group) == _ROWS_PER_GROUP or num_chars >= _CHARS_PER_GROUP:
-            yield pa.Table.from_pylist(group, schema)
-            group, num_chars = [], 0
-    if group:
+
+    def num_chars(row: Mapping[str, Any]) -> int:
+        return sum(len(value) for value in row.values() if isinstance(value, str))
+
+    for group in in_chunks(rows, num_chars, _ROWS_PER_GROUP, _CHARS_PER_GROUP):
         yield pa.Table.from_pylist(group, schema)
 
 
@@ -203,16 +168,7 @@ def _write_shards(tables: Iterable[pa.Table], schema: pa.Schema, folder: Path, m
 
 
 def save_to_disk(files: Sequence[Path], folder: Path, max_shard_bytes: int = 500_000_000) -> None:
-    """Writes the rows of Parquet files as `datasets.load_from_disk` reads them, replacing the folder.
-
-    Args:
-        files (`Sequence[Path]`):
-            Files of [`write_parquet`].
-        folder (`Path`):
-            Folder to write.
-        max_shard_bytes (`int`, *optional*, defaults to `500_000_000`):
-            Largest Arrow file, in bytes.
-    """
+    """Writes the rows of Parquet files as `datasets.load_from_disk` reads them, replacing the folder."""
     from datasets import Dataset
 
     with _unfinished(folder.parent / f".unfinished-{folder.name}") as unfinished:
@@ -235,20 +191,11 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What an upload sends, and where.
-
-    Args:
-        config ([`PublishConfig`]):
-            Where to.
-        files (`dict[str, int]`):
-            Size of each file, in bytes, by its path in the repository.
-        url (`str`, *optional*):
-            Where the commit is; `None` if nothing was uploaded.
-    """
+    """What an upload sends, and where."""
 
     config: PublishConfig
-    files: dict[str, int]
-    url: str | None = None
+    files: dict[str, int]  # size in bytes, by the path in the repository
+    url: str | None = None  # of the commit; `None` if nothing was uploaded
 
     def summary(self) -> str:
         """The plan as lines of text."""
@@ -264,22 +211,11 @@ class PushPlan:
 
 
 def push(folder: Path, config: PublishConfig, dry_run: bool = True) -> PushPlan:
-    """Uploads the card, its figures and the Parquet files of a folder to the Hub.
+    """Uploads the card, its figures and the Parquet files of a folder to the Hub; a `dry_run` only says what it would.
 
     What the Hub already holds is not sent again, so that running it again completes an interrupted upload. Parquet
     files there that are no longer part of the set are deleted. A large set may take several commits. Name, token and
     files are checked before anything is changed.
-
-    Args:
-        folder (`Path`):
-            Folder with `README.md` and `data/*.parquet`.
-        config ([`PublishConfig`]):
-            Where to.
-        dry_run (`bool`, *optional*, defaults to `True`):
-            Only report what would be uploaded. Nothing is sent, and the Hub is not asked.
-
-    Returns:
-        [`PushPlan`]
 
     Raises:
         ValueError: If a file is missing, the name is not one of the Hub, there is no token or it may only read, or the

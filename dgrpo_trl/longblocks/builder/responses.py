@@ -21,11 +21,7 @@ class TeacherConfig(StrictModel):
     server: str = Field(description="Its name among `servers`.")
     name: str | None = Field(None, description="Model in the name of the column. Default: the server's `model`.")
     max_tokens: int = Field(8192, ge=1, description="Longest response, in tokens, reasoning included.")
-    max_draws: int = Field(
-        3,
-        ge=1,
-        description="Responses drawn until one is in the language of the question; at temperature 0 one only.",
-    )
+    max_draws: int = Field(3, ge=1, description="Draws until one is in the question's language; at temperature 0 one.")
     keep_thinking: bool = Field(False, description="Put the reasoning before the answer, between `<think>` tags.")
     keep_only_correct: bool = Field(False, description="Leave responses out that do not agree with the answer.")
     required: bool = Field(False, description="Whether a row without this response leaves.")
@@ -38,17 +34,7 @@ class ResponsesConfig(StrictModel):
 
 
 class Responder:
-    """Lets the teachers answer.
-
-    Args:
-        config ([`ResponsesConfig`]):
-            Who, and how.
-        clients (`dict[str, ChatClient]`):
-            The teachers, by the names of their servers.
-        identify (`Callable`, *optional*):
-            Maps a text to its language, `None` where it is not certain, and the confidence. Without it, languages
-            are not looked at.
-    """
+    """Lets the teachers answer; `clients` are by server. Without `identify`, a response may be in any language."""
 
     def __init__(self, config: ResponsesConfig, clients: dict[str, ChatClient], identify: Identify | None = None):
         self.config = config
@@ -60,12 +46,6 @@ class Responder:
 
         A response that failed has the reason of [`llm.failures`]; one in another language than the question, however
         often it was drawn, `wrong_language`; one that is wrong, where only right ones are wanted, `wrong_response`.
-
-        Args:
-            row ([`~records.Row`]):
-                The row.
-            document_text (`str`):
-                Its document.
         """
         # As in training: the document, then the question
         messages = [{"role": "user", "content": f"{document_text}\n\n{row.question}"}]

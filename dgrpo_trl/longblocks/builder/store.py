@@ -12,9 +12,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,18 +24,18 @@ from ..reasons import is_known
 from ..records import Check, Document, Drop, Evidence, Row
 
 
+Item = TypeVar("Item")
+
+
+def _text(*names: str) -> dict[str, pa.DataType]:
+    return dict.fromkeys(names, pa.string())
+
+
 DOCUMENT_SCHEMA = pa.schema(
     {
-        "id": pa.string(),
-        "text": pa.large_string(),
-        "source": pa.string(),
-        "source_id": pa.string(),
-        "language": pa.string(),
-        "license": pa.string(),
-        "url": pa.string(),
-        "kind": pa.string(),
-        "num_tokens": pa.int64(),
-        "signature": pa.binary(),
+        **{"id": pa.string(), "text": pa.large_string()},
+        **_text("source", "source_id", "language", "license", "url", "kind"),
+        **{"num_tokens": pa.int64(), "signature": pa.binary()},
     }
 )
 EVIDENCE_TYPE = pa.list_(pa.struct({"block": pa.string(), "start": pa.int64(), "end": pa.int64()}))
@@ -44,16 +44,8 @@ CHECKS_TYPE = pa.list_(
 )
 ROW_SCHEMA = pa.schema(
     {
-        "id": pa.string(),
-        "document_id": pa.string(),
-        "source": pa.string(),
-        "language": pa.string(),
-        "question": pa.string(),
-        "answer": pa.string(),
-        "task": pa.string(),
-        "evidence": EVIDENCE_TYPE,
-        "document": pa.large_string(),
-        "checks": CHECKS_TYPE,
+        **_text("id", "document_id", "source", "language", "question", "answer", "task"),
+        **{"evidence": EVIDENCE_TYPE, "document": pa.large_string(), "checks": CHECKS_TYPE},
         "responses": pa.string(),  # JSON: the models are not known to the schema
     }
 )
@@ -65,7 +57,7 @@ BLOCKS_SCHEMA = pa.schema(
     }
 )
 KEPT_SCHEMA = pa.schema({"position": pa.int64(), "id": pa.string()})  # position: of the row in the part before
-DROP_SCHEMA = pa.schema({field.name: pa.string() for field in dataclasses.fields(Drop)})
+DROP_SCHEMA = pa.schema(_text(*(field.name for field in dataclasses.fields(Drop))))
 
 
 def document_record(document: Document, signature: bytes | None) -> dict[str, Any]:
@@ -99,12 +91,7 @@ def row_of(record: dict[str, Any]) -> Row:
 
 
 class Store:
-    """Parts of all stages under one folder.
-
-    Args:
-        folder (`Path`):
-            The builder's `work` folder; created if it does not exist.
-    """
+    """Parts of all stages under one folder, the builder's `work`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -132,11 +119,7 @@ class Store:
         drops: Iterable[Drop],
         num_read: int,
     ) -> None:
-        """Writes a part, atomically: after a crash it is complete, or missing.
-
-        Raises:
-            ValueError: If a drop has a reason that is not in the table of [`reasons`].
-        """
+        """Writes a part, atomically: after a crash it is complete, or missing."""
         final = self.path(stage, part)
         unfinished = final.parent / f".{part}"
         shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
@@ -144,8 +127,8 @@ class Store:
         records, dropped = list(records), [vars(drop) for drop in drops]
         if unknown := sorted({drop["reason"] for drop in dropped if not is_known(stage, drop["reason"])}):
             raise ValueError(
-                f"The stage {stage!r} left something out for {', '.join(unknown)}, which `longblocks/reasons.py` does "
-                "not explain. Add it there."
+                f"The stage {stage!r} left something out for {', '.join(unknown)}, which `longblocks/reasons.yaml` "
+                "does not explain. Add it there."
             )
         pq.write_table(pa.Table.from_pylist(records, schema), unfinished / "rows.parquet", compression="zstd")
         pq.write_table(pa.Table.from_pylist(dropped, DROP_SCHEMA), unfinished / "drops.parquet", compression="zstd")
@@ -183,6 +166,22 @@ class Store:
             os.rename(path, removed)
             _flush(path.parent)
             shutil.rmtree(removed)
+
+
+def in_chunks(
+    items: Iterable[Item], size_of: Callable[[Item], int], max_items: int, max_size: int
+) -> Iterator[list[Item]]:
+    """Items in lists, each of which closes at a number of items or at a size."""
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += size_of(item)
+        if len(chunk) == max_items or size >= max_size:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _flush(path: Path) -> None:

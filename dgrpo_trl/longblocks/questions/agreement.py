@@ -4,11 +4,10 @@ import re
 from collections import Counter
 
 from ...rewards.text import normalize_answer
-from ...text import UNSPACED
+from ...text import IS_UNSPACED
 from .languages import LANGUAGES
 
 
-_IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # A minus sign follows no word: "1987-1990" and "covid-19" hold none
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d.,]*")
 _THOUSANDS_MARK = re.compile(r"(?<=\d)['\u00a0\u2009\u202f\u2019](?=\d{3}(?!\d))")
@@ -29,16 +28,8 @@ def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
 
     Equal words agree. Of "yes" and "no", the first in the reply counts; of option letters, the only one. Numbers, and
     other short references, agree with a short reply that holds them, numbers however thousands and decimals are
-    parted, the rest as whole words, if it holds no other number. A long reference agrees with a reply that shares
-    enough words.
-
-    Args:
-        reference (`str`):
-            The right answer.
-        reply (`str`):
-            The answer to compare.
-        min_f1 (`float`, *optional*, defaults to `0.5`):
-            F1 of the shared words from which long answers agree. Scripts without spaces are compared by characters.
+    parted, the rest as whole words, if it holds no other number. A long reference agrees with a reply whose shared
+    words have an F1 of at least `min_f1`; scripts without spaces are compared by characters.
     """
     expected, given = words_of(reference), words_of(reply)
     if not expected or not given:
@@ -54,7 +45,7 @@ def answers_agree(reference: str, reply: str, min_f1: float = 0.5) -> bool:
     if numbers and not any(character.isalpha() for character in reference):
         return is_short and not has_other_numbers and _all_among(numbers, given_numbers)
     if _length(expected) <= _SHORT_ANSWER_WORDS:
-        return is_short and _holds(given, expected) and not has_other_numbers
+        return is_short and bool(_find(given, expected)) and not has_other_numbers
     shared = (Counter(expected) & Counter(given)).total()
     return 2 * shared / (len(expected) + len(given)) >= min_f1
 
@@ -65,16 +56,12 @@ def words_of(text: str) -> list[str]:
 
 
 def _length(words: list[str]) -> float:
-    return sum(0.5 if _IS_UNSPACED.match(word) else 1 for word in words)
+    return sum(0.5 if IS_UNSPACED.match(word) else 1 for word in words)
 
 
 def _find(words: list[str], part: list[str]) -> list[int]:
     size = len(part)
     return [i for i in range(len(words) - size + 1) if words[i : i + size] == part] if part else []
-
-
-def _holds(words: list[str], part: list[str]) -> bool:
-    return bool(_find(words, part))
 
 
 def gives_away(question: str, answer: str, language: str) -> bool:

@@ -70,18 +70,10 @@ _MAX_DOCUMENT_FREQUENCY = 64  # blocks; a term in more of them tells little, and
 
 @dataclass(frozen=True)
 class Block:
-    """A contiguous piece of a document.
+    """A contiguous piece of a document: `document[start:end] == text`, with no white space at either end.
 
-    Args:
-        id (`str`):
-            First 12 hex digits of the SHA-256 of the text; the n-th block of the same text in a document ends in
-            `-n`. An edit elsewhere in the document leaves it unchanged.
-        start (`int`):
-            Offset of the first character, so that `document[start:end] == text`.
-        end (`int`):
-            Offset after the last character.
-        text (`str`):
-            The text of the block, with no white space at either end.
+    Its `id` is the first 12 hex digits of the SHA-256 of the text; the n-th block of the same text in a document ends
+    in `-n`. An edit elsewhere in the document leaves it unchanged.
     """
 
     id: str
@@ -93,19 +85,11 @@ class Block:
 class BlocksConfig(StrictModel):
     """Section `blocks`: how documents are split, and which blocks count as related."""
 
-    min_block_chars: int = Field(
-        default=400, ge=1, description="Neighbors are joined until a block has this many characters, where they fit."
-    )
-    max_block_chars: int = Field(
-        default=2000, ge=16, description="Longest block, in characters. A longer paragraph is cut at its sentences."
-    )
+    min_block_chars: int = Field(400, ge=1, description="Neighbors are joined up to this length, where they fit.")
+    max_block_chars: int = Field(2000, ge=16, description="Longest block. A longer paragraph is cut at its sentences.")
     links_per_block: int = Field(default=4, ge=0, description="Largest number of related blocks kept for a block.")
-    min_link_distance: int = Field(
-        default=3, ge=1, description="Related blocks are at least this many blocks apart; 1 allows neighbors."
-    )
-    min_shared_terms: int = Field(
-        default=2, ge=1, description="Related blocks share at least this many terms that are rare in the document."
-    )
+    min_link_distance: int = Field(3, ge=1, description="Least distance of related blocks, in blocks; 1: neighbors.")
+    min_shared_terms: int = Field(2, ge=1, description="Least number of rare terms that related blocks share.")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "BlocksConfig":
@@ -126,14 +110,11 @@ def split_blocks(
         document (`str`):
             The text.
         kind (`str`, *optional*, defaults to `"text"`):
-            `"text"`, `"markdown"` or `"code"`.
+            `"text"`, `"markdown"` or `"code"`, whose language the suffix of the file's `name` says.
         config ([`BlocksConfig`], *optional*):
             Sizes.
         name (`str`, *optional*):
-            Name of the file, whose suffix says in which language code is.
-
-    Returns:
-        `list[Block]`: in order, without overlap.
+            Name of the file.
     """
     config = config or BlocksConfig()
     splitter = _splitter(kind, config.min_block_chars, config.max_block_chars, name, len(document))
@@ -174,22 +155,15 @@ def blocks_at(document: str, spans: Iterable[Span]) -> list[Block]:
     repeats: Counter[str] = Counter()
     blocks = []
     for span in spans:
-        start, end = _trimmed(document, span)
-        if start == end:
+        text = document[slice(*span)].strip()
+        if not text:
             continue
-        text = document[start:end]
+        start = document.index(text, span[0])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         repeats[digest] += 1
         block_id = digest if repeats[digest] == 1 else f"{digest}-{repeats[digest]}"
-        blocks.append(Block(id=block_id, start=start, end=end, text=text))
+        blocks.append(Block(id=block_id, start=start, end=start + len(text), text=text))
     return blocks
-
-
-def _trimmed(document: str, span: Span) -> Span:
-    text = document[span[0] : span[1]]
-    stripped = text.lstrip()
-    start = span[1] - len(stripped)
-    return start, start + len(stripped.rstrip())
 
 
 def link_blocks(blocks: list[Block], config: BlocksConfig) -> list[list[int]]:
@@ -197,12 +171,6 @@ def link_blocks(blocks: list[Block], config: BlocksConfig) -> list[list[int]]:
 
     A term counts where it is in at least two blocks and in at most a fifth of them. Scripts without spaces between
     words are compared by pairs of characters.
-
-    Args:
-        blocks (`list[Block]`):
-            Blocks of one document, in order.
-        config ([`BlocksConfig`]):
-            How many, how far apart, and how much they must share.
 
     Returns:
         `list[list[int]]`: for each block the indices of related ones, the best first; of equals, the farthest first.

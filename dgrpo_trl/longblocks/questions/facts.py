@@ -12,48 +12,23 @@ form and a similar subject, so that the reader must find the right ones: matchin
 """
 
 import copy
-import hashlib
 import random
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from ...files import read_table
+from ...text import hash_share
 
 
 T = TypeVar("T")
 
-_PLACE_HEADS = (
-    "Ash Ald Bar Birch Brad Bridge Clay Cliff Cross Dun East Elm Fair Farn Glen Green Hart Hazel High Holm King "
-    "Lang Mark Marsh Mill Moor New North Oak Old Ox Red Rock Salt Sand Sea Shep South Stan Stone Thorn Wal West "
-    "White Win Wood"
-).split()
-_PLACE_TAILS = "bury by combe dale field ford ham land ley minster port stead ton well wick worth".split()
-_PEOPLE = (
-    "Adam Adele Agnes Albert Alfred Alice Amelia Amos Andrew Anna Arthur Audrey Barbara Basil Beatrice Benedict "
-    "Bernard Bertha Bridget Calvin Carl Caroline Cecil Charlotte Chester Clara Clarence Claude Clement Clifford "
-    "Conrad Cora Daisy Daniel David Della Dennis Diana Dora Dorothy Douglas Edgar Edith Edmund Edwin Eleanor "
-    "Elias Ella Ellen Elmer Elsie Emily Emma Enoch Eric Ernest Esther Ethel Eugene Eva Evelyn Felix Flora "
-    "Florence Floyd Frances Frank Fred George Gerald Gertrude Gilbert Gladys Gordon Grace Graham Hannah Harold "
-    "Harriet Harry Harvey Hazel Helen Herbert Hilda Homer Horace Howard Hubert Hugh Ida Irene Iris Isaac Isabel "
-    "Ivan Jack Jacob James Jane Janet Jasper Jean Jerome Jesse Joan Joel Josephine Judith Julian Karen Kate "
-    "Kenneth Laura Laurence Leo Leonard Lewis Lillian Linda Lloyd Louis Lucy Luther Mabel Margaret Marion Martha "
-    "Martin Matilda Maud Max Mildred Miles Miriam Molly Morris Nancy Nathan Nell Nicholas Nora Norman Olive "
-    "Oliver Oscar Otto Patrick Pauline Percy Peter Philip Phoebe Quentin Rachel Ralph Raymond Rebecca Reuben "
-    "Rhoda Robert Roland Rosa Rose Rufus Rupert Russell Ruth Sally Samuel Sarah Seth Simon Sophie Stella Stephen "
-    "Susan Sylvia Theodore Thomas Tobias Vera Vernon Victor Vincent Viola Virginia Walter Wanda Warren Wilfred "
-    "Winifred"
-).split()
-
-# What stands in a place, several of them, and what is counted there
-_COUNTED = (
-    ("church", "churches", "windows"),
-    ("farm", "farms", "sheep"),
-    ("school", "schools", "books"),
-    ("harbour", "harbours", "boats"),
-    ("market", "markets", "stalls"),
-    ("orchard", "orchards", "trees"),
+_WORDS: dict[str, Any] = read_table(__package__, "facts.yaml")
+_PLACE_HEADS, _PLACE_TAILS, _PEOPLE, _ROLES = (
+    _WORDS[name].split() for name in ("place_heads", "place_tails", "people", "roles")
 )
-_ROLES = ("baker", "doctor", "judge", "mayor", "miller", "sheriff", "tailor", "teacher")
+_COUNTED = [tuple(words.split()) for words in _WORDS["counted"]]
 
 # (fact, question). `{place}` of a question becomes "the town where <person> lives" in a chain of two facts.
 _NUMBER_RELATIONS = tuple(
@@ -67,12 +42,6 @@ _NAME_RELATIONS = tuple(
     (f"The {role} of {{place}} is {{value}}.", f"Who is the {role} of {{place}}?") for role in _ROLES
 )
 _HOME = "{person} lives in {place}."
-
-
-def _share(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends only on the text and the seed: the same on every machine and in every run."""
-    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @dataclass(frozen=True)
@@ -89,13 +58,7 @@ class Case:
 class Facts:
     """Facts about invented places and people, each of which belongs to one split.
 
-    Args:
-        seed (`int`):
-            Seed of the split.
-        test_share (`float`):
-            Share of places, people and numbers that are kept for `"test"`, between 0 and 1.
-        split (`str`, *optional*):
-            Use only those of `"train"` or `"test"`; all of them by default.
+    A share `test_share` of places, people and numbers is kept for `"test"`; without a `split`, all of them are used.
     """
 
     def __init__(self, seed: int, test_share: float, split: str | None):
@@ -103,7 +66,7 @@ class Facts:
             train: list[T] = []
             test: list[T] = []
             for item in items:
-                (test if _share(str(item), seed) < test_share else train).append(item)
+                (test if hash_share(str(item), seed) < test_share else train).append(item)
             return {"train": train, "test": test, None: [*train, *test]}[split]
 
         self._places = own(head + tail for head in _PLACE_HEADS for tail in _PLACE_TAILS)

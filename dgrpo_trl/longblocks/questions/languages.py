@@ -1,13 +1,10 @@
-"""What is said in each language, see `languages.yaml`."""
+"""What is said in each language, see `languages.yaml`, and what models are asked, see `prompts.yaml`."""
 
-from importlib import resources
-
-import yaml
+from ...files import read_table
 
 
-LANGUAGES: dict[str, dict[str, str]] = yaml.safe_load(
-    (resources.files(__package__) / "languages.yaml").read_text(encoding="utf-8")
-)
+LANGUAGES: dict[str, dict[str, str]] = read_table(__package__, "languages.yaml")
+PROMPTS: dict[str, str] = read_table(__package__, "prompts.yaml")
 
 
 def not_stated(language: str) -> str:

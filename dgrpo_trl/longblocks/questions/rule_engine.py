@@ -25,7 +25,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -53,23 +53,28 @@ _MARKS = ("Mn", "Mc", "Me", "Cf")
 GAP = "[[GAP {number}]]"
 
 
+def checked_weights(tasks: dict[str, float], known: Collection[str]) -> dict[str, float]:
+    """Weights of tasks; raises a `ValueError` if there are none, or one is unknown or negative."""
+    if not tasks or set(tasks) - set(known) or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
+        raise ValueError(f"`tasks` are {tasks}. Give weights of some of {', '.join(known)}, not all of them 0.")
+    return tasks
+
+
 class RuleEngineConfig(StrictModel):
     """Section `questions` without a language model."""
 
     engine: Literal["rule"]
     tasks: dict[str, float] = Field(
         default_factory=lambda: {name: task.weight for name, task in TASKS.items()},
-        description="Weights of the tasks; those that cannot be asked of a document are left out for it.",
+        description="Weights; what cannot be asked of a document is left out for it.",
     )
     rows_per_document: int = Field(4, ge=1, description="Questions on a document.")
     lengths: tuple[int | None, ...] = Field(
         (2048,),
         min_length=1,
-        description="Tokens of a row's document and question, at most; taken in turn. `null`: the whole document.",
+        description="Most tokens of a row's document and question, in turn; `null`: the whole document.",
     )
-    tokens_per_near_miss: int = Field(
-        200, ge=1, description="A window of n tokens holds about n divided by this many near misses, from 2 to 24."
-    )
+    tokens_per_near_miss: int = Field(200, ge=1, description="Tokens of a window per near miss; there are 2 to 24.")
     min_hops: int = Field(2, ge=2, description="Notes of a chain of keys, at least.")
     max_hops: int = Field(5, ge=2, le=12, description="Notes of a chain of keys, at most.")
     min_gaps: int = Field(2, ge=2, description="Blocks taken out, at least.")
@@ -82,7 +87,7 @@ class RuleEngineConfig(StrictModel):
         "document does not, so that this does not give the unanswerable ones away.",
     )
     split: Literal["train", "test"] | None = Field(
-        None, description="Use only the names, places and numbers of this split, which the other never sees."
+        None, description="Use the names, places and numbers of this split."
     )
     test_share: float = Field(0.3, gt=0, lt=1, description="Share of them that are kept for `test`.")
     seed: int = Field(0, description="Seed of all choices.")
@@ -90,10 +95,7 @@ class RuleEngineConfig(StrictModel):
     @field_validator("tasks")
     @classmethod
     def _check_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(tasks) - set(TASKS))
-        if unknown or not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
-            raise ValueError(f"`tasks` are {tasks}. Give weights of some of {', '.join(TASKS)}, not all of them 0.")
-        return tasks
+        return checked_weights(tasks, TASKS)
 
     @model_validator(mode="after")
     def _check_ranges(self) -> "RuleEngineConfig":
@@ -109,20 +111,12 @@ class RuleEngineConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question.
+    """A kind of question."""
 
-    Args:
-        weight (`float`):
-            Its share of the rows, where the configuration does not say.
-        draft (`Callable`):
-            Method of [`RuleEngine`]: makes a draft of a window, `None` if it does not fit with these draws.
-        phrase (`str`, *optional*):
-            What `languages.yaml` must hold for a language to be asked in it. By default, only English is.
-    """
-
-    weight: float
+    weight: float  # share of the rows, where the configuration does not say
+    # Makes a draft of a window, `None` if it does not fit with these draws
     draft: "Callable[[RuleEngine, random.Random, Window], Draft | None]"
-    phrase: str | None = None
+    phrase: str | None = None  # that `languages.yaml` must hold for a language; by default only English is asked
 
     def has_language(self, language: str) -> bool:
         """Whether it can be asked in a language."""
@@ -130,14 +124,7 @@ class Task:
 
 
 class RuleEngine:
-    """Makes questions by rule, the same ones for the same document and seed.
-
-    Args:
-        config ([`RuleEngineConfig`]):
-            How many, of which tasks and lengths.
-        count_tokens (`Callable[[str], int]`):
-            Length of a text in tokens.
-    """
+    """Makes questions by rule, the same ones for the same document and seed."""
 
     def __init__(self, config: RuleEngineConfig, count_tokens: Callable[[str], int]):
         self.config = config
@@ -147,16 +134,7 @@ class RuleEngine:
     async def rows(
         self, document: Document, blocks: list[Block], links: list[list[int]]
     ) -> tuple[list[Row], list[Drop]]:
-        """Questions on one document, and those that could not be made.
-
-        Args:
-            document ([`~records.Document`]):
-                The document.
-            blocks (`list[Block]`):
-                Its blocks.
-            links (`list[list[int]]`):
-                Not used: facts decide what belongs together.
-        """
+        """Questions on one document, and those that could not be made. `links` are not used: facts decide."""
         num_tokens = self.count_tokens(document.text) if document.num_tokens is None else document.num_tokens
         rows: list[Row] = []
         drops: list[Drop] = []

@@ -74,11 +74,9 @@ def insert_facts(
     kind: Kind,
     comment: str | None,
 ) -> tuple[list[str] | None, set[int]]:
-    """Writes facts into pieces of text, of which all that was there stays.
+    """Writes facts into pieces: these, or `None` if there are too few, and the indices of those with evidence.
 
     A piece with evidence holds no near miss, so that the evidence alone is not ambiguous.
-
-    Returns the pieces, `None` if there are too few, and the indices of those that hold evidence.
     """
     usable = _usable(pieces, between, kind)
     num_evidence = sum(is_evidence for _, is_evidence in facts)
@@ -92,7 +90,8 @@ def insert_facts(
         index = next(free) if is_evidence else rng.choice(others)
         piece, newline = pieces[index], "\r\n" if "\r\n" in between[index] else "\n"
         if kind == "code":
-            pieces[index] = f"{comment}{fact}{newline}{_indentation(between[index])}{piece}"
+            indentation = between[index].rpartition("\n")[2]
+            pieces[index] = f"{comment}{fact}{newline}{indentation}{piece}"
         elif kind == "markdown":
             pieces[index] = f"{piece}{newline}{newline}{fact}"
         else:
@@ -114,11 +113,6 @@ def _usable(pieces: list[str], between: list[str], kind: Kind) -> list[int]:
         num_fences = itertools.accumulate(len(_FENCE.findall(piece)) for piece in pieces)
         return [i for i, number in enumerate(num_fences) if number % 2 == 0]
     return list(range(len(pieces)))
-
-
-def _indentation(space: str) -> str:
-    """What of the white space above a line belongs to the line."""
-    return space.rpartition("\n")[2]
 
 
 def assemble(draft: Draft) -> tuple[str, list[Block]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from ..sources.books import BOOK_COLUMNS, book_pages
+from ..sources.corpora import BOOK_COLUMNS, book_pages
 from .rows import ROWS_IN_MEMORY, read_rows
 
 
@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class BookCache:
-    """Pages of the books that a set needs, in an SQLite file: of a million volumes, a few may be wanted.
-
-    Args:
-        path (`str` or `Path`):
-            The file, created if it does not exist. It is kept, and added to.
-    """
+    """Pages of the books that a set needs, in an SQLite file that is kept, and added to."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
@@ -95,12 +90,7 @@ def _wanted_books(books: str | Path | Iterable[dict[str, Any]], wanted: set[str]
 
 
 def missing_documents(dataset: Dataset | IterableDataset) -> set[str]:
-    """Ids of the rows without a document: the bar codes to look for.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            LongBlocks; a stream is read to its end.
-    """
+    """Ids of the rows of LongBlocks without a document: the bar codes to look for. A stream is read to its end."""
     ids = set()
     for table in dataset.select_columns(["id", "document"]).with_format("arrow").iter(batch_size=ROWS_IN_MEMORY):
         ids.update(table.filter(table["document"].is_null())["id"].to_pylist())

@@ -64,14 +64,12 @@ def load_conversations(
     """Training rows of short conversations, such as the Nemotron sets: the last answer, and all turns before it.
 
     Args:
-        name_or_path (`str`, `Path`, [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            As for [`load_longblocks`].
-        split, streaming, tokenizer, max_prompt_tokens, chat_template_kwargs, num_proc, counts:
-            As for [`load_longblocks`].
-        completion (`bool`, *optional*, defaults to `False`):
-            Give the last answer as conversational `completion`, for `SFTTrainer`, and not as the reference `answer`.
         messages_column (`str`, *optional*, defaults to `"messages"`):
             Column with the turns, each with a `role` and a `content`.
+        completion (`bool`, *optional*, defaults to `False`):
+            Give the last answer as conversational `completion`, for `SFTTrainer`, and not as the reference `answer`.
+        name_or_path, split, streaming, tokenizer, max_prompt_tokens, chat_template_kwargs, num_proc, counts:
+            As for [`load_longblocks`].
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`] with `prompt`, and `answer` or `completion`.

@@ -50,8 +50,8 @@ def mix_short_and_long(
     """Interleaves short and long rows in exact proportion: of any first n rows, n times the share are short, rounded.
 
     The paper trains on 10 % of short rows (arXiv 2605.12227), so that what the model does in short contexts is not
-    lost. The mixture ends where a side has no row left. Columns that one side lacks are `None` in its rows. If either
-    is a stream, the mixture is one, in a single shard, and the stream keeps its order.
+    lost. The mixture ends where a side has no row left, or after `num_rows`. Columns that one side lacks are `None` in
+    its rows. If either is a stream, the mixture is one, in a single shard, and the stream keeps its order.
 
     Args:
         short, long ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -60,11 +60,6 @@ def mix_short_and_long(
             Share of short rows, between 0 and 1.
         seed (`int`, *optional*, defaults to `0`):
             Order of the rows of each side that is no stream. Which positions are short does not depend on it.
-        num_rows (`int`, *optional*):
-            Rows of the mixture. By default, as many as there are.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
 
     Raises:
         ValueError: If the share is out of range, a side is empty or too small for `num_rows`, or the same column has

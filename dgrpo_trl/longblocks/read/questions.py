@@ -116,10 +116,8 @@ def load_longblocks(
         name_or_path (`str`, `Path`, [`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Hub id, folder of Parquet or JSONL files or of `save_to_disk`, one such file, or rows already read. By
             default the published set.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split to read.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read rows as they are needed.
+        split (`str`, *optional*, defaults to `"train"`), streaming (`bool`, *optional*, defaults to `False`):
+            Split to read, and whether rows are read as they are needed.
         completion_column (`str`, *optional*):
             Column to learn from in the cold start, such as `"response_Qwen3.5-27B"`. `None` gives rows for dGRPO, with
             the reference in `answer`.
@@ -142,13 +140,8 @@ def load_longblocks(
             What stands between two pages; the published set does not state it.
         keep_document (`bool`, *optional*, defaults to `True`):
             Keep the column `document`, which the prompt repeats.
-        num_proc (`int`, *optional*):
-            Processes to work with; not for streams.
-        counts ([`DropCounts`], *optional*):
-            Filled with what was dropped, for streams as they flow.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
+        num_proc (`int`, *optional*), counts ([`DropCounts`], *optional*):
+            Processes to work with, not for streams; filled with what was dropped, for streams as they flow.
 
     Raises:
         ValueError: If the set cannot be read or lacks a column, a budget comes without a tokenizer, the template lacks

