@@ -27,7 +27,6 @@ from dgrpo_trl.evaluation.compare.statistics import compare_runs, evaluation_com
 from dgrpo_trl.evaluation.compare.training import (  # noqa: E402
     area_under_curve,
     compare_training,
-    read_log_history,
     read_training,
     steps_to_reach,
 )
@@ -304,10 +303,11 @@ def test_the_command_shown_gives_the_settings_of_the_run():
     assert read == given and words[:2] == ["python", "scripts/evaluate.py"]
 
 
-def test_a_training_without_a_log_has_no_entries(tmp_path):
-    assert read_log_history(tmp_path) == []
+def test_a_training_without_a_log_has_no_curve(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no curve"):
+        read_training(tmp_path)
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
-    assert read_log_history(tmp_path) == [{"step": 1, "loss": 2.0}]
+    assert read_training(tmp_path) == {"loss": [(1, 2.0)]}
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_figures_of_few_samples_have_neither_mark_nor_color(save, tmp_path):
         "| high | **▲ +50.0** (+50.0 to +50.0) | **▲ +50.0** (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
         in (tmp_path / "comparison.md").read_text()
     )
-    heat = re.search(r'<table id="heat-1".*?</table>', page)[0]
+    heat = re.search(r'<table id="heat-1".*?</table>', page, re.S)[0]
     assert re.findall(r"<td.*?</td>", heat) == ['<td style="--share: 0.750">75</td>', "<td>75</td>"]
     assert any("fewer than 20 samples have no mark and no color" in note for note in found["notes"])
 

@@ -230,5 +230,5 @@ def test_vllm_gets_the_same_tokens_and_is_greedy(vllm, tokenizer):
 
 def test_a_missing_vllm_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"pip install dgrpo-trl\[vllm\]"):
+    with pytest.raises(ImportError, match=r"pip install 'dgrpo-trl\[vllm\]'"):
         load_vllm("some/model", None, "auto", 4096, {})

@@ -1,8 +1,10 @@
 """What an evaluation reads from a YAML file and from the command line."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from transformers.hf_argparser import HfArg
 
 from ..positions import POSITION_ARGUMENTS
 from .ruler import RULER_TASKS
@@ -20,82 +22,66 @@ else:
 class EvaluationArguments:
     """What `scripts/evaluate.py` reads from a YAML file and from the command line."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Hub id or path of the model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "'bfloat16', 'float32', ..., or 'auto': as stored."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation of transformers."}
-    )
-    model_init_kwargs: JsonObject = field(
+    model_name_or_path: str = HfArg(default="", help="Hub id or path of the model.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit on the Hub.")
+    dtype: str = HfArg(default="auto", help="'bfloat16', 'float32', ..., or 'auto': as stored.")
+    attn_implementation: str | None = HfArg(default=None, help="Attention implementation of transformers.")
+    model_init_kwargs: JsonObject = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "More arguments of `from_pretrained`, such as `rope_parameters` (YaRN) and "
-            "`max_position_embeddings`; as JSON on the command line."
-        },
+        help="More arguments of `from_pretrained`, such as `rope_parameters` (YaRN) and "
+        "`max_position_embeddings`; as JSON on the command line.",
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    chat_template_kwargs: JsonObject = field(
-        default_factory=dict, metadata={"help": "Arguments of the chat template, such as `enable_thinking: false`."}
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
+    chat_template_kwargs: JsonObject = HfArg(
+        default_factory=dict, help="Arguments of the chat template, such as `enable_thinking: false`."
     )
-    system_message: str | None = field(
-        default=None, metadata={"help": "System turn of `tasks`, and of questions without a prompt."}
+    system_message: str | None = HfArg(default=None, help="System turn of `tasks`, and of questions without a prompt.")
+    backend: str = HfArg(
+        default="transformers", help="What generates the completions.", metadata={"choices": ["transformers", "vllm"]}
     )
-    backend: str = field(
-        default="transformers",
-        metadata={"help": "What generates the completions.", "choices": ["transformers", "vllm"]},
+    vllm_kwargs: JsonObject = HfArg(
+        default_factory=dict, help="Arguments of `vllm.LLM`, such as `tensor_parallel_size`."
     )
-    vllm_kwargs: JsonObject = field(
-        default_factory=dict, metadata={"help": "Arguments of `vllm.LLM`, such as `tensor_parallel_size`."}
+    max_batch_tokens: int = HfArg(
+        default=32768, help="Largest batch of transformers, in tokens, padding and completions included."
     )
-    max_batch_tokens: int = field(
-        default=32768, metadata={"help": "Largest batch of transformers, in tokens, padding and completions included."}
+    tasks: list[str] | None = HfArg(default=None, help="RULER's tasks, made without downloads: names, or 'all'.")
+    lengths: list[int] = HfArg(
+        default_factory=list, help="Tokens of prompt and longest completion together, with the chat template."
     )
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "RULER's tasks, made without downloads: names, or 'all'."}
+    num_samples: int | None = HfArg(
+        default=100, help="Samples per task and length; of questions, the most per task and length."
     )
-    lengths: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Tokens of prompt and longest completion together, with the chat template."},
+    seed: int = HfArg(default=0, help="Seed of the samples of `tasks`.")
+    haystack: str | None = HfArg(default=None, help="Text file to hide needles in, instead of repeated noise.")
+    questions: str | None = HfArg(
+        default=None, help="Held-out rows of LongBlocks, or with `prompt` and `answer`: file, folder or Hub id."
     )
-    num_samples: int | None = field(
-        default=100, metadata={"help": "Samples per task and length; of questions, the most per task and length."}
+    questions_split: str = HfArg(default="train", help="Split of the questions.")
+    prompt_column: str = HfArg(
+        default="prompt", help="Prompt of the questions; 'teacher_prompt' gives the teacher's accuracy."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the samples of `tasks`."})
-    haystack: str | None = field(
-        default=None, metadata={"help": "Text file to hide needles in, instead of repeated noise."}
-    )
-    questions: str | None = field(
-        default=None,
-        metadata={"help": "Held-out rows of LongBlocks, or with `prompt` and `answer`: file, folder or Hub id."},
-    )
-    questions_split: str = field(default="train", metadata={"help": "Split of the questions."})
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Prompt of the questions; 'teacher_prompt' gives the teacher's accuracy."}
-    )
-    questions_metric: str = field(
+    questions_metric: str = HfArg(
         default="exact_match",
-        metadata={
-            "help": "Score of an answer: 'exact_match' wants the reference alone, 'mentioned' wants it anywhere.",
-            "choices": list(QUESTION_METRICS),
-        },
+        help="Score of an answer: 'exact_match' wants the reference alone, 'mentioned' wants it anywhere.",
+        metadata={"choices": list(QUESTION_METRICS)},
     )
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to a question, in tokens."})
-    training_data: str | None = field(
-        default=None,
-        metadata={"help": "Rows that the model was trained on: an error if a prompt shares text with them."},
+    max_new_tokens: int = HfArg(default=32, help="Longest answer to a question, in tokens.")
+    training_data: str | None = HfArg(
+        default=None, help="Rows that the model was trained on: an error if a prompt shares text with them."
     )
-    harness_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks or groups of lm-evaluation-harness (extra `eval`)."}
+    harness_tasks: list[str] | None = HfArg(
+        default=None, help="Tasks or groups of lm-evaluation-harness (extra `eval`)."
     )
-    harness_kwargs: JsonObject = field(
-        default_factory=dict, metadata={"help": "Arguments of `lm_eval.simple_evaluate` for all `harness_tasks`."}
+    harness_kwargs: JsonObject = HfArg(
+        default_factory=dict, help="Arguments of `lm_eval.simple_evaluate` for all `harness_tasks`."
     )
-    harness_task_kwargs: JsonObject = field(
-        default_factory=dict, metadata={"help": "The same for single tasks: from task names to arguments."}
+    harness_task_kwargs: JsonObject = HfArg(
+        default_factory=dict, help="The same for single tasks: from task names to arguments."
     )
-    output_dir: str = field(default="", metadata={"help": "Folder of the run."})
-    name: str | None = field(default=None, metadata={"help": "Name of the run; default: that of `output_dir`."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the results of another run in `output_dir`."})
+    output_dir: str = HfArg(default="", help="Folder of the run.")
+    name: str | None = HfArg(default=None, help="Name of the run; default: that of `output_dir`.")
+    overwrite: bool = HfArg(default=False, help="Delete the results of another run in `output_dir`.")
 
     def __post_init__(self) -> None:
         for name in (

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..chat import escape_messages
+from ..extras import import_extra
 from .samples import prompt_text
 
 
@@ -24,14 +25,7 @@ MIN_SHARED_TOKENS = 256
 
 
 def bind_chat_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
-    """Writes arguments of the chat template into it, so that it renders the same text wherever it is used.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its template is changed.
-        kwargs (`dict[str, Any]`):
-            For instance `{"enable_thinking": False}` for Qwen3.
-    """
+    """Writes arguments of the chat template into it, so that it renders the same text wherever it is used."""
     lines = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in kwargs.items())
     tokenizer.chat_template = lines + tokenizer.chat_template
 
@@ -41,18 +35,8 @@ def tokenize_prompts(
 ) -> list[list[int]]:
     """Token ids of prompts as the model reads them.
 
-    Literals of special tokens in the messages stay text, see [`escape_messages`].
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template.
-        prompts (`Sequence[list[dict]]`):
-            Lists of messages.
-        answer_prefixes (`Sequence[str]`, *optional*):
-            What each answer begins with: it follows the generation prompt, and the model continues from it.
-
-    Returns:
-        `list[list[int]]`
+    Literals of special tokens in the messages stay text, see [`escape_messages`]. A prefix of the answer follows the
+    generation prompt, and the model continues from it.
     """
     prefixes = [""] * len(prompts) if answer_prefixes is None else answer_prefixes
     texts = [
@@ -76,17 +60,15 @@ def generate_completions(
     min_shared_tokens: int = MIN_SHARED_TOKENS,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Greedy completions of conversational prompts, in the order given.
+    """Greedy completions of conversational prompts, in the order given, without special tokens.
 
     Prompts of similar length share a batch, padded on the left, so that little is computed for padding. Prompts that
     begin with the same text run it once. Sampling and penalties of the checkpoint's generation defaults are ignored;
     their end-of-sequence tokens are used.
 
     Args:
-        model (`PreTrainedModel`):
-            Model to evaluate, on its device.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template and a padding token.
+        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`):
+            Model to evaluate, on its device, and its tokenizer, with a chat template and a padding token.
         prompts (`Sequence[list[dict]]`):
             Lists of messages.
         max_new_tokens (`int`, *optional*, defaults to `16`):
@@ -96,17 +78,12 @@ def generate_completions(
         description (`str`, *optional*, defaults to `"generate"`):
             Text of the progress bar. `None` shows no bar.
         answer_prefixes (`Sequence[str]`, *optional*):
-            See [`tokenize_prompts`].
+            See [`tokenize_prompts`]. The completions are without them.
         shared_with (`Sequence[str | None]`, *optional*):
-            Prompts with the same value are taken to begin with the same text. Their common tokens run once, where
-            that is exact: see [`can_continue`].
-        min_shared_tokens (`int`, *optional*, defaults to `256`):
-            Shorter beginnings are not shared.
+            Prompts with the same value are taken to begin with the same text. Their common tokens run once, if they
+            are at least `min_shared_tokens`, where that is exact: see [`can_continue`].
         on_progress (`Callable[[int], None]`, *optional*):
             Called with the number of prompts completed since the last call.
-
-    Returns:
-        `list[str]`: the completions, without special tokens and without the answer prefix.
     """
     prompt_ids = tokenize_prompts(tokenizer, prompts, answer_prefixes)
     completions = [""] * len(prompts)
@@ -246,28 +223,10 @@ def _batches(lengths: Sequence[int], max_new_tokens: int, max_batch_tokens: int)
 
 
 def load_vllm(name_or_path: str, revision: str | None, dtype: str, max_length: int, kwargs: dict[str, Any]) -> Any:
-    """A `vllm.LLM` with its prefix cache on.
-
-    Args:
-        name_or_path (`str`), revision (`str`, *optional*), dtype (`str`):
-            Of the model.
-        max_length (`int`):
-            Longest prompt with its completion, in tokens.
-        kwargs (`dict[str, Any]`):
-            More arguments of `vllm.LLM`, such as `tensor_parallel_size` or `hf_overrides`.
-
-    Raises:
-        ImportError: If vLLM is not installed.
-    """
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ImportError(
-            "`backend` is 'vllm', which is not installed. Install it with `pip install dgrpo-trl[vllm]`, or set "
-            "`backend: transformers`."
-        ) from error
+    """A `vllm.LLM` with its prefix cache on, for prompts with their completions of up to `max_length` tokens."""
+    vllm = import_extra("vllm", "`backend: vllm`", "vllm", ", or set `backend: transformers`")
     settings = {"enable_prefix_caching": True, "max_model_len": max_length, **kwargs}
-    return LLM(model=name_or_path, revision=revision, tokenizer_revision=revision, dtype=dtype, **settings)
+    return vllm.LLM(model=name_or_path, revision=revision, tokenizer_revision=revision, dtype=dtype, **settings)
 
 
 def generate_with_vllm(

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..extras import import_extra
 from ..files import write_json
 from .arguments import EvaluationArguments
 from .generation import greedy_config
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MISSING = (
-    "lm-evaluation-harness is not installed, but `harness_tasks` are set. Install it: `pip install dgrpo-trl[eval]`."
-)
 _LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
 # Beyond what the extra `eval` installs: (beginning of a task's name, modules)
 _MODULES = (
@@ -47,24 +45,15 @@ _RESERVED = {"model", "model_args", "tasks", "task_manager", "verbosity", "evalu
 def prepare_harness(args: EvaluationArguments) -> "TaskManager":
     """Checks the harness tasks of a run before weights load. Nothing is downloaded; what will be is logged.
 
-    Args:
-        args ([`EvaluationArguments`]):
-            The run.
-
-    Returns:
-        `lm_eval.tasks.TaskManager`: knows the tasks.
-
     Raises:
         ImportError: If the extra, or a module that a task needs, is missing.
         ValueError: If a task or an argument is unknown, a task is one of RULER, a data set is unreachable, or a task
             runs code that the model wrote and this is not allowed.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
-    allowed = set(inspect.signature(simple_evaluate).parameters) - _RESERVED
+    lm_eval = import_extra("lm_eval", "A task of `harness_tasks`", "eval")
+    from lm_eval.tasks import TaskManager
+
+    allowed = set(inspect.signature(lm_eval.simple_evaluate).parameters) - _RESERVED
     for name, kwargs in {"harness_kwargs": args.harness_kwargs, **args.harness_task_kwargs}.items():
         if unknown := sorted(set(kwargs) - allowed):
             raise ValueError(
@@ -89,23 +78,9 @@ def run_harness(
     model: PreTrainedModel | None,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
-    """Runs the harness tasks that have no file in `folder` yet.
+    """Runs the harness tasks that have no file in `folder` yet; without a `model`, lm_eval loads its own in vLLM.
 
-    Args:
-        args ([`EvaluationArguments`]):
-            The run.
-        manager (`lm_eval.tasks.TaskManager`):
-            What [`prepare_harness`] gave.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's.
-        model ([`~transformers.PreTrainedModel`], *optional*):
-            The model; without it lm_eval loads its own in vLLM.
-        folder (`Path`):
-            Keeps one file per task.
-
-    Returns:
-        `dict[str, dict[str, float]]`: from task (of a group: each of its tasks too) to metrics, named
-        `"<metric>,<filter>"`.
+    The metrics are by task (of a group: each of its tasks too), and named `"<metric>,<filter>"`.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

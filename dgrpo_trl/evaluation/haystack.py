@@ -23,14 +23,9 @@ _SENTENCE_END = re.compile(
 class Haystack:
     """What needles are hidden in: sentences, between which the needles go.
 
-    Args:
-        name (`str`):
-            For the ids of samples.
-        sentences (`tuple[str, ...]`):
-            Taken in this order, starting at any one and from the first again after the last; the last one taken is
-            cut after any word. If empty, distractors take their place: needles with other keys and values, uncut.
-        separator (`str`, *optional*, defaults to `" "`):
-            Goes between sentences and needles.
+    They are taken in order, starting at any one and from the first again after the last; the last one taken is cut
+    after any word. If there are none, distractors take their place: needles with other keys and values, uncut. `name`
+    is for the ids of samples, and `separator` goes between sentences and needles.
     """
 
     name: str
@@ -39,11 +34,7 @@ class Haystack:
 
     @classmethod
     def from_text(cls, text: str) -> "Haystack":
-        """A text of any language, such as the essays of RULER; runs of white space become one space.
-
-        Raises:
-            ValueError: if it is empty.
-        """
+        """A text of any language, such as the essays of RULER; runs of white space become one space."""
         text = " ".join(text.split())
         if not text:
             raise ValueError("`text` is empty. Needles are hidden in its sentences. Give a text, or use `NOISE`.")
@@ -52,11 +43,7 @@ class Haystack:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Haystack":
-        """[`from_text`] of a text file in UTF-8.
-
-        Raises:
-            ValueError: if it cannot be read, or is empty.
-        """
+        """[`from_text`] of a text file in UTF-8. Raises a `ValueError` if it cannot be read, or is empty."""
         try:
             return cls.from_text(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

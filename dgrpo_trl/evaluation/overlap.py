@@ -9,18 +9,9 @@ from .samples import Sample
 
 
 def check_overlap(samples: Iterable[Sample], training_data: str, max_tokens_per_pass: int = 10_000_000) -> None:
-    """Compares prompts with training data.
+    """Raises a `ValueError` if prompts share text with the training data: a file, a folder or a Hub id.
 
-    Args:
-        samples (iterable of [`Sample`]):
-            Samples to check.
-        training_data (`str`):
-            File, folder or Hub id of the rows that the model was trained on.
-        max_tokens_per_pass (`int`, *optional*, defaults to `10_000_000`):
-            Tokens of the prompts that are compared in one pass over the training data; these take a gigabyte.
-
-    Raises:
-        ValueError: If a prompt shares text with them.
+    Those of `max_tokens_per_pass` tokens are compared in one pass over these rows; ten million take a gigabyte.
     """
     rows = load_rows(training_data)
     for batch in _batches(samples, max_tokens_per_pass):
@@ -47,21 +38,11 @@ def _batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample
 
 
 def shared_ngrams(samples: Iterable[Sample], training_rows: Iterable[Any], n: int = 13) -> list[tuple[str, str]]:
-    """Samples whose prompts share an n-gram with the training data.
+    """Ids of the samples whose prompts share an n-gram with the training data, each with the first that is shared.
 
-    In scripts without spaces a character counts as a word. Case and punctuation make no difference, as in the
-    decontamination of LongBlocks. Takes about 100 bytes for each different n-gram of the prompts.
-
-    Args:
-        samples (iterable of [`Sample`]):
-            Samples to check.
-        training_rows (iterable of `dict` or `str`):
-            Training data; all text in a row counts, including that of messages.
-        n (`int`, *optional*, defaults to `13`):
-            Words of an n-gram.
-
-    Returns:
-        `list[tuple[str, str]]`: the id of each such sample, and its first shared n-gram.
+    All text of a training row counts, including that of messages. In scripts without spaces a character counts as a
+    word. Case and punctuation make no difference, as in the decontamination of LongBlocks. Takes about 100 bytes for
+    each different n-gram of the prompts.
     """
     samples = list(samples)
     hashes = {hash_ngram(ngram) for sample in samples for ngram in _sample_ngrams(sample, n)}

@@ -30,9 +30,7 @@ def question_cells(
     """The questions of `args.questions`, by task and length.
 
     A column `length_bin` is the length of its row; without it, it is the smallest of `lengths` that fits the row.
-
-    Raises:
-        ValueError: If they cannot be read, lack a column, or no length is given.
+    Raises a `ValueError` if they cannot be read, lack a column, or no length is given.
     """
     if args.questions is None:
         return {}
@@ -77,30 +75,17 @@ def question_samples(
     prompt_column: str = "prompt",
     max_new_tokens: int = 32,
 ) -> dict[tuple[str, int], list[Sample]]:
-    """The questions of held-out LongBlocks rows, by task and by length.
+    """The questions of held-out LongBlocks rows, by task and by length, both sorted; there are no empty cells.
 
-    The length of a row is the smallest of `lengths` that fits its prompt and `max_new_tokens`. Rows that fit none, or
-    without an answer to compare with, are dropped; how many is logged. Which rows make up the `num_samples` of a cell
-    depends on their ids alone. Those of the same document are next to each other and `shared_with` each other, if
-    their prompts begin with it.
+    The length of a row is the smallest of `lengths`, in tokens, that fits its prompt and `max_new_tokens`. Rows that
+    fit none, or without an answer to compare with, are dropped; how many is logged. Which rows make up the
+    `num_samples` of a cell depends on their ids alone. Those of the same document are next to each other and
+    `shared_with` each other, if their prompts begin with it.
 
     Args:
         rows (iterable of `dict`):
-            Rows of [`load_longblocks`], with `prompt` (messages), `answer` (a text, or several, any of them
+            Rows of [`load_longblocks`], with messages in `prompt_column`, `answer` (a text, or several, any of them
             correct), `id`, and optionally `task` (default `"questions"`) and `document_sha256` or `document`.
-        lengths (`Sequence[int]`):
-            Lengths in tokens of prompt and completion.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's, with a chat template.
-        num_samples (`int`, *optional*):
-            Most samples of a task and length; all by default.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column with the messages.
-        max_new_tokens (`int`, *optional*, defaults to `32`):
-            Longest completion, in tokens.
-
-    Returns:
-        `dict[tuple[str, int], list[Sample]]`: from task and length, both sorted. There are no empty cells.
 
     Raises:
         ValueError: If there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
@@ -124,7 +109,9 @@ def question_samples(
         counts.add(reason)
         if reason is not None:
             continue
-        task = row.get("task") or "questions"
+        task, document = row.get("task") or "questions", row.get("document_sha256")
+        if not document:
+            document = hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
         number = "" if num_of_id[row["id"]] == 1 else f"-{num_of_id[row['id']]}"
         cells[task, lengths[index]].append(
             Sample(
@@ -134,7 +121,7 @@ def question_samples(
                 references=references,
                 max_new_tokens=max_new_tokens,
                 num_tokens=num_tokens,
-                shared_with=_document_id(row),
+                shared_with=document,
             )
         )
     if counts.reasons:
@@ -144,7 +131,10 @@ def question_samples(
             f"All {counts.num_rows} rows are dropped: {dict(counts.reasons)}. There is nothing to evaluate. Give "
             f"rows with answers, or a length over {lengths[-1]} tokens."
         )
-    return {cell: _with_documents(_some(cells[cell], num_samples)) for cell in sorted(cells)}
+    if num_samples is not None:  # the same ones whatever the order of the rows
+        for cell, samples in cells.items():
+            cells[cell] = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode()).digest())[:num_samples]
+    return {cell: _with_documents(cells[cell]) for cell in sorted(cells)}
 
 
 def _check_row(row: dict[str, Any], prompt_column: str) -> None:
@@ -154,19 +144,6 @@ def _check_row(row: dict[str, Any], prompt_column: str) -> None:
             f"A row has no {missing}; its columns are {sorted(row)}. A sample needs them. Read the rows with "
             "`load_longblocks`, or name the column of messages as `prompt_column`."
         )
-
-
-def _document_id(row: dict[str, Any]) -> str | None:
-    if row.get("document_sha256"):
-        return row["document_sha256"]
-    return hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
-
-
-def _some(samples: list[Sample], num_samples: int | None) -> list[Sample]:
-    """At most `num_samples` samples: the same ones whatever the order of the rows."""
-    if num_samples is None:
-        return samples
-    return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())[:num_samples]
 
 
 def _with_documents(samples: list[Sample]) -> list[Sample]:

@@ -54,31 +54,16 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluated model, as `results.json` has it.
-
-    Args:
-        name (`str`):
-            Its name.
-        path (`Path`):
-            The file it was read from.
-        results (`dict`):
-            Content of the file.
-        cells (`dict[tuple[str, int], dict[str, dict]]`):
-            From task and length to its samples by `id`.
-    """
+    """An evaluated model, as `results.json` has it."""
 
     name: str
-    path: Path
-    results: dict[str, Any]
-    cells: dict[tuple[str, int], dict[str, dict[str, Any]]]
+    path: Path  # of the file
+    results: dict[str, Any]  # its content
+    cells: dict[tuple[str, int], dict[str, dict[str, Any]]]  # from task and length to samples by `id`
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads a run.
-
-    Args:
-        path (`str` or `Path`):
-            A folder with `results.json`, or the file.
+    """Reads a run: a folder with `results.json`, or the file.
 
     Raises:
         FileNotFoundError: If there is no such file: an evaluation writes it at its end.
@@ -131,7 +116,9 @@ def results_table(results: dict[str, Any]) -> str:
         text += row("task", [f"{length:,}" for length in lengths]) + row("---", ["---"] * len(lengths))
         for task in tasks:
             text += row(task, [_percent(cells.get((task, length))) for length in lengths])
-        means = [_mean([cells.get((task, length)) for task in tasks]) for length in lengths]
+        by_length = [[cells[task, length] for task in tasks if (task, length) in cells] for length in lengths]
+        # None where a task has no cell: it would be over other tasks
+        means = [f"{100 * mean_score(found):.1f}" if len(found) == len(tasks) else "" for found in by_length]
         if len(tasks) > 1 and any(means):
             text += row("mean", means)
     if results["harness"]:
@@ -147,12 +134,6 @@ def _percent(cell: Mapping[str, Any] | None) -> str:
         return ""
     low, high = cell["interval"]
     return f"{100 * cell['score']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
-
-
-def _mean(cells: Sequence[Mapping[str, Any] | None]) -> str:
-    """Over all tasks; empty where a task has no cell, because the mean would be over other tasks."""
-    found = [cell for cell in cells if cell is not None]
-    return f"{100 * mean_score(found):.1f}" if len(found) == len(cells) else ""
 
 
 def plot_heatmap(results: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@
 | `fwe` | coded words whose frequency falls with the square of their rank | the three most frequent |
 
 What differs from RULER: noise, or a text of the user, replaces its essays, which would have to be downloaded; samples
-start at different places of that text; words come from the lists below, not from the package `wonderwords`; the
+start at different places of that text; words come from `ruler.yaml`, not from the package `wonderwords`; the
 example of `vt` has less noise below 2560 tokens; and below 1024, where there is no room, `cwe` has no example and
 repeats its words half as often.
 """
@@ -34,6 +34,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from ..chat import escape_special_tokens
+from ..files import read_table
 from .haystack import NEEDLES, NOISE, NOISE_LINE, Haystack
 from .samples import Sample, count_tokens, prompt_text
 
@@ -41,50 +42,21 @@ from .samples import Sample, count_tokens, prompt_text
 # Lengths from which `cwe` has an example, and from which it repeats its words as often as in RULER
 _EXAMPLE_LENGTH, _FULL_LENGTH = 1024, 4096
 
-ADJECTIVES = (
-    "able agile amber ample ancient autumn basic bitter blue bold brave brief bright brisk broad bronze calm "
-    "careful cheap chilly civil clean clever common cosmic crisp curious damp dapper dear deep dense distant dizzy "
-    "double dull eager early easy elder empty equal exact faint famous fancy fierce flat fluffy foreign formal "
-    "fragile frank fresh frosty gentle giant glad golden grand great green happy harsh hasty heavy hidden hollow "
-    "honest huge humble humid icy idle jolly keen kind large lazy light little lively lonely loud loyal lucky "
-    "mellow merry mighty mild misty modern narrow neat noble novel obvious odd orange patient plain polite proud "
-    "purple quick quiet rapid rare royal"
-).split()
-# All of four letters: two of them make a word of eight, and no such word is part of another
-NOUNS = (
-    "arch army atom aunt band bank barn bead bear beet bell belt bike bird boat bolt bone book boot bowl bulb cafe "
-    "cage cake camp cape card cart cave city clay club coal coat coin cook cork corn cove crab crew crow cube deck "
-    "deer desk dish dock door dove drum duck dune dust farm fern film fish flag foam food fork fort frog gate gift "
-    "goat gold gong gown hall hare harp hawk helm herb hill hoof horn hose iris iron isle kite knee lace lake lamb "
-    "lamp lark leaf lily lime lion loaf lock loom lute mask mast maze mice mill mint moon moss moth nail nest note "
-    "oven palm path pear pine pipe plum poem pond pony pool port raft rain reef rice ring road robe rock roof root "
-    "rope rose sail salt sand seal seed ship shoe shop silk snow soap sofa soil star swan tent tile toad tomb tool "
-    "tree tube vase vest vine wall wasp wave well wine wing wolf wood wool yarn"
-).split()
+ADJECTIVES, NOUNS = (words.split() for words in read_table(__package__, "ruler.yaml").values())
+COMPOUNDS = [first + second for first in NOUNS for second in NOUNS if first != second]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample but for its amount of filler. It does not depend on the tokenizer: all models are asked the same.
+    """A sample but for its amount of filler. It does not depend on the tokenizer: all models are asked the same."""
 
-    Args:
-        content (`Callable[[int], str]`):
-            The user turn, given the number of units of filler; a unit is the least amount, such as a word.
-        answer_prefix (`str`), references (`tuple[str, ...]`), max_new_tokens (`int`):
-            As in [`Sample`].
-        min_units (`int`), max_units (`int`, *optional*):
-            The least filler the task makes sense with, and all filler there is.
-        reads_haystack (`bool`):
-            Whether the filler comes from the haystack given.
-    """
-
-    content: Callable[[int], str]
+    content: Callable[[int], str]  # user turn by the number of units of filler, the least amounts, such as words
     answer_prefix: str
     references: tuple[str, ...]
     max_new_tokens: int
-    min_units: int = 0
-    max_units: int | None = None
-    reads_haystack: bool = False
+    min_units: int = 0  # the least filler the task makes sense with
+    max_units: int | None = None  # all filler there is
+    reads_haystack: bool = False  # whether the filler comes from the haystack given
 
 
 def _needles(
@@ -254,9 +226,6 @@ def _common_words(rng: Random, length: int, haystack: Haystack) -> Draft:
     )
 
 
-COMPOUNDS = [first + second for first in NOUNS for second in NOUNS if first != second]
-
-
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
@@ -336,20 +305,9 @@ def make_samples(
             One of `RULER_TASKS`.
         length (`int`):
             Tokens of the prompt as the model reads it (see [`prompt_text`]) and of the completion, together.
-        num_samples (`int`):
-            Number of samples.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's, with a chat template.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples.
         haystack ([`Haystack`], *optional*):
             Replaces RULER's essays in the tasks that have them: `NOISE` (the default, easier than essays), `NEEDLES`,
             or a text. The other tasks do not read it.
-        system_message (`str`, *optional*):
-            Content of a system turn.
-
-    Returns:
-        `list[Sample]`
 
     Raises:
         ValueError: If the task is unknown, `num_samples` is below 1, the tokenizer has no chat template, or the length
@@ -415,18 +373,8 @@ def fit_units(
     """The number of units whose `count` fits a budget of tokens, up to less than an average unit; and that count.
 
     Tokens grow almost evenly with units, so that a line through two counts leads close to the number sought: a long
-    prompt is tokenized a few times, not once for every halving of an interval.
-
-    Args:
-        count (`Callable[[int], int]`):
-            Tokens of a number of units.
-        budget (`int`):
-            Most tokens.
-        min_units (`int`), max_units (`int`, *optional*):
-            Range of the number.
-
-    Returns:
-        `tuple[int, int]`: `min_units` and its count, which is over the budget, if no number fits.
+    prompt is tokenized a few times, not once for every halving of an interval. If no number fits, it is `min_units`
+    and its count, which is over the budget.
     """
     low, low_tokens = min_units, count(min_units)
     high = math.inf if max_units is None else max_units + 1

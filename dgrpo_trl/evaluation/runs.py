@@ -46,10 +46,6 @@ Generate = Callable[[Sequence[Sample], Callable[[int], object]], list[str]]
 class EvaluationRun:
     """A run, checked before weights load.
 
-    Args:
-        args ([`EvaluationArguments`]):
-            What to evaluate.
-
     Raises:
         ValueError: If the model or the data cannot be read, a length does not fit the task or the model, prompts share
             text with the training data, or `output_dir` holds another run.
@@ -70,7 +66,9 @@ class EvaluationRun:
         bind_chat_template_kwargs(self.tokenizer, args.chat_template_kwargs)
         hub_kwargs = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         self.config = load_config(args.model_name_or_path, args.model_init_kwargs, **hub_kwargs)
-        self.cells = [*self._ruler_cells(), *self._question_cells()]
+        self.cells = [*self._ruler_cells()]
+        for (task, length), samples in question_cells(args, self.tokenizer).items():
+            self.cells.append(Cell(task, length, args.questions_metric, partial(list, samples)))
         self.harness_manager = prepare_harness(args) if args.harness_tasks else None
         self._check_positions()
         if args.training_data is not None:
@@ -97,10 +95,6 @@ class EvaluationRun:
                 )
                 make(num_samples=1)  # raises if the length is too small for the task
                 yield Cell(task, length, "string_match_all", partial(make, num_samples=args.num_samples))
-
-    def _question_cells(self) -> Iterator[Cell]:
-        for (task, length), samples in question_cells(self.args, self.tokenizer).items():
-            yield Cell(task, length, self.args.questions_metric, partial(list, samples))
 
     # --- Checks
 
@@ -153,12 +147,7 @@ class EvaluationRun:
     def run(self, generate: Generate | None = None) -> dict[str, Any]:
         """Computes the cells that are missing, and writes `results.json`, `results.md` and `heatmap.png`.
 
-        Args:
-            generate (`Callable`, *optional*):
-                Completes samples, and reports the number of those completed. By default the model does.
-
-        Returns:
-            `dict[str, Any]`: what `results.json` holds.
+        Samples are completed by `generate`, by default with the model. Returns what `results.json` holds.
         """
         folder, harness = self.output_dir / "cells", {}
         if any(not (folder / cell.file_name).exists() for cell in self.cells):

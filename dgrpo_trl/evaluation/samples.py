@@ -8,49 +8,22 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, and what a correct completion contains.
+    """One prompt, and what a correct completion contains."""
 
-    Args:
-        id (`str`):
-            The same for any model, given task, length, seed and number: it pairs the samples of two runs.
-        messages (`list[dict]`):
-            Conversational prompt: a user turn, after a system turn if there is a `system_message`.
-        answer_prefix (`str`):
-            Beginning of the answer, which follows the generation prompt; may be empty.
-        references (`tuple[str, ...]`):
-            What a correct completion contains.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        num_tokens (`int`):
-            Tokens of the prompt as the model reads it, see [`prompt_text`].
-        shared_with (`str`, *optional*):
-            Samples with the same value begin with the same long text, whose prefill they can share.
-    """
-
-    id: str
-    messages: list[dict]
-    answer_prefix: str
-    references: tuple[str, ...]
+    id: str  # the same for any model, given task, length, seed and number: it pairs the samples of two runs
+    messages: list[dict]  # a user turn, after a system turn if there is a `system_message`
+    answer_prefix: str  # beginning of the answer, which follows the generation prompt; may be empty
+    references: tuple[str, ...]  # what a correct completion contains
     max_new_tokens: int
-    num_tokens: int
-    shared_with: str | None = None
+    num_tokens: int  # of the prompt as the model reads it, see [`prompt_text`]
+    shared_with: str | None = None  # samples with the same value begin with the same long text, to be run once
 
 
 def prompt_text(messages: list[dict], answer_prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as the model reads it: chat template, generation prompt, beginning of the answer.
 
-    It contains the control tokens of the template: tokenize it with `add_special_tokens=False`.
-
-    Args:
-        messages (`list[dict]`):
-            Conversational prompt.
-        answer_prefix (`str`):
-            Beginning of the answer.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's, with a chat template.
-
-    Raises:
-        ValueError: If the tokenizer has no chat template.
+    It contains the control tokens of the template: tokenize it with `add_special_tokens=False`. Raises a `ValueError`
+    if the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -68,21 +41,12 @@ def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """A task at a length: one number of the results.
-
-    Args:
-        task (`str`), length (`int`):
-            Its name.
-        metric (`str`):
-            Name of its score, one of `METRICS`.
-        make (`Callable[[], list[Sample]]`):
-            Its samples, the same at each call.
-    """
+    """A task at a length: one number of the results."""
 
     task: str
     length: int
-    metric: str
-    make: Callable[[], list[Sample]]
+    metric: str  # name of its score, one of `METRICS`
+    make: Callable[[], list[Sample]]  # its samples, the same at each call
 
     @property
     def file_name(self) -> str:

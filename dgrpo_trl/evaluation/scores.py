@@ -16,15 +16,6 @@ def string_match_all(completion: str, references: Sequence[str]) -> float:
     """Share of the references that the completion contains, ignoring case: RULER's score (arXiv 2404.06654).
 
     Other text does not count: a completion that repeats the whole prompt contains them all.
-
-    Args:
-        completion (`str`):
-            Text of the completion.
-        references (`Sequence[str]`):
-            What a correct completion contains.
-
-    Raises:
-        ValueError: If there is no reference.
     """
     if isinstance(references, str) or not references:
         raise ValueError(
@@ -38,15 +29,7 @@ def exact_match(completion: str, references: Sequence[str]) -> float:
     """1.0 if the completion answers with any of the references and nothing else, else 0.0.
 
     It is the [`~rewards.exact_match_reward`] of training, with what that takes as the answer and as the same answer.
-
-    Args:
-        completion (`str`):
-            Text of the completion.
-        references (`Sequence[str]`):
-            Answers, of which any is correct.
-
-    Raises:
-        ValueError: If no reference has a letter, digit or symbol to compare.
+    Raises a `ValueError` if no reference has a letter, digit or symbol to compare.
     """
     score = exact_match_reward([completion], [list(references)])[0]
     if score is None:
@@ -58,14 +41,7 @@ def exact_match(completion: str, references: Sequence[str]) -> float:
 
 
 def mentioned(completion: str, references: Sequence[str]) -> float:
-    """1.0 if the completion contains any of the references as a word, else 0.0.
-
-    Args:
-        completion (`str`):
-            Text of the completion.
-        references (`Sequence[str]`):
-            Answers, of which any is correct.
-    """
+    """1.0 if the completion contains any of the references as a word, else 0.0."""
     text = normalize_answer(completion)
     patterns = (rf"(?<!\w){re.escape(normalize_answer(reference))}(?!\w)" for reference in references)
     return float(any(re.search(pattern, text) for pattern in patterns))
@@ -77,39 +53,25 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "mentioned": mentioned,
 }
 QUESTION_METRICS = ("exact_match", "mentioned")
+Z95 = 1.959964  # standard normal quantile of 97.5 %
 
 
-def wilson_interval(num_correct: int, num_rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share. Unlike the normal one, it stays in [0, 1] and has a width at 0 and 1.
-
-    Args:
-        num_correct (`int`):
-            Number of successes.
-        num_rows (`int`):
-            Number of trials.
-        z (`float`, *optional*, defaults to `1.959964`):
-            Standard normal quantile; the default gives 95 %.
-
-    Returns:
-        `tuple[float, float]`: the lower and the upper end.
-
-    Raises:
-        ValueError: Unless `0 <= num_correct <= num_rows` and `num_rows > 0`.
-    """
+def wilson_interval(num_correct: int, num_rows: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. Unlike the normal one, it stays in [0, 1] and has a width at 0 and 1."""
     if not 0 <= num_correct <= num_rows or num_rows == 0:
         raise ValueError(f"Needs 0 <= num_correct <= num_rows and num_rows > 0, got {num_correct} and {num_rows}.")
     share = num_correct / num_rows
-    z2 = z * z / num_rows
+    z2 = Z95**2 / num_rows
     center = (share + z2 / 2) / (1 + z2)
-    half_width = z / (1 + z2) * math.sqrt(share * (1 - share) / num_rows + z2 / (4 * num_rows))
+    half_width = Z95 / (1 + z2) * math.sqrt(share * (1 - share) / num_rows + z2 / (4 * num_rows))
     # At 0 and 1 the share itself is an end, which rounding may miss
     return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
 
 
-def score_interval(scores: Sequence[float], num_draws: int = 2000) -> tuple[float, float]:
+def score_interval(scores: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean: Wilson's if all scores are 0 or 1, else a percentile bootstrap (seed 0)."""
     if all(score in (0, 1) for score in scores):
         return wilson_interval(sum(map(int, scores)), len(scores))
     draw = random.Random(0)
-    means = sorted(math.fsum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(num_draws))
-    return means[int(0.025 * num_draws)], means[int(0.975 * num_draws) - 1]
+    means = sorted(math.fsum(draw.choices(scores, k=len(scores))) / len(scores) for _ in range(2000))
+    return means[50], means[1949]

@@ -4,6 +4,3 @@ from ..results import Run, read_run
 from .page import to_markdown, write_comparison
 from .statistics import compare_runs
 from .training import compare_training
-
-
-__all__ = ["Run", "compare_runs", "compare_training", "read_run", "to_markdown", "write_comparison"]

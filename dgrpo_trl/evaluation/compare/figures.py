@@ -3,45 +3,34 @@
 import html
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...extras import import_extra
 from .markup import COLORS
 
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError("The comparison needs matplotlib. Install it with `pip install dgrpo-trl[demo]`.") from error
-
+matplotlib = import_extra("matplotlib", "The comparison", "demo")
+Figure = import_extra("matplotlib.figure", "The comparison", "demo").Figure
 
 # From the name of a series to its points `(x, y, low, high)`, by x; `low` and `high` may be `None`
 Series = Mapping[str, Sequence[Sequence[float | None]]]
 
 # A series differs not only in color: also in marker (with its sign in the legend), from the ninth on in dashes
-_NUM_COLORS = 8
+NUM_COLORS = 8
 _MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"))
 _WIDTH, _HEIGHT = 4.4, 2.9  # inches; at this size the text is readable on a phone
 
 
 def draw_lines(axes: Any, series: Series, order: Sequence[str]) -> None:
-    """Draws lines with bands.
-
-    Args:
-        axes (`matplotlib.axes.Axes`):
-            Where to draw.
-        series (`Series`):
-            The lines.
-        order (`Sequence[str]`):
-            All names of the page: the place in it decides color, dashes and marker.
-    """
+    """Draws lines with bands. The place in `order`, all names of the page, decides color, dashes and marker."""
     for name, points in series.items():
         i = order.index(name)
         color = _color(i)
         xs, ys = [point[0] for point in points], [point[1] for point in points]
         marker = _MARKERS[i % len(_MARKERS)][0] if len(points) <= 16 else ""
-        axes.plot(xs, ys, color=color, marker=marker, markersize=5, linestyle=_dashes(i), label=name)
+        dashes = "--" if i >= NUM_COLORS else "-"
+        axes.plot(xs, ys, color=color, marker=marker, markersize=5, linestyle=dashes, label=name)
         band = [point for point in points if None not in point]
         if len(band) > 1:
             x, _, low, high = zip(*band, strict=True)
@@ -57,20 +46,7 @@ def line_figure(
     x_ticks: Sequence[tuple[float, str]] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """Lines with bands, as HTML.
-
-    Args:
-        caption (`str`):
-            Text above the figure.
-        series (`Series`), order (`Sequence[str]`):
-            See [`draw_lines`].
-        x_label, y_label (`str`):
-            Names of the axes, with their units.
-        x_ticks (`Sequence[tuple[float, str]]`, *optional*):
-            Places and texts on the x axis.
-        y_range (`tuple[float, float]`, *optional*):
-            Ends of the y axis.
-    """
+    """Lines with bands, as HTML; labels name the axes with their units, ticks are places and texts."""
     figure, axes = _axes(_HEIGHT)
     draw_lines(axes, series, order)
     if x_ticks is None:
@@ -109,23 +85,13 @@ def interval_figure(caption: str, intervals: Mapping[str, Sequence[float]], orde
     return _figure(figure, caption, f"{x_label}, {len(intervals)} intervals against 0")
 
 
-def legend(order: Sequence[str], shown: Collection[str] | None = None) -> str:
-    """The marker of each series as HTML; `order` as of [`draw_lines`], of which `shown` (or all) are listed."""
-    items = (
-        f'<li><span style="color: var(--s{i % _NUM_COLORS})" aria-hidden="true">'
-        f"{'┄' if i >= _NUM_COLORS else '─'}{_MARKERS[i % len(_MARKERS)][1]}</span> {html.escape(name)}</li>"
-        for i, name in enumerate(order)
-        if shown is None or name in shown
-    )
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def sign(i: int) -> str:
+    """Line and marker of the series in place `i`, as text."""
+    return ("┄" if i >= NUM_COLORS else "─") + _MARKERS[i % len(_MARKERS)][1]
 
 
 def _color(i: int) -> str:
-    return COLORS[f"s{i % _NUM_COLORS}"][0]
-
-
-def _dashes(i: int) -> str:
-    return "--" if i >= _NUM_COLORS else "-"
+    return COLORS[f"s{i % NUM_COLORS}"][0]
 
 
 def _axes(height: float) -> tuple[Any, Any]:

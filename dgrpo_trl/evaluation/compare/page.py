@@ -1,15 +1,16 @@
 """A comparison of runs as JSON, Markdown and one HTML page; the tables of both are made from the JSON's figures."""
 
-import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ...extras import import_extra
 from ...files import write_text
 from ..results import MIN_SAMPLES
-from .figures import interval_figure, legend, line_figure
-from .markup import TableCell, html_page, html_table, markdown_table
+from .figures import NUM_COLORS, interval_figure, line_figure, sign
+from .markup import COLORS, TableCell, markdown_table
 
 
 Entry = Mapping[str, Any]
@@ -38,20 +39,15 @@ _READING = (
 def write_comparison(
     output_dir: str | Path, comparison: Entry, title: str = "Comparison of runs", command: str = ""
 ) -> Path:
-    """Writes `comparison.json`, `comparison.md` and `comparison.html`, which loads nothing.
+    """Writes `comparison.json`, `comparison.md` and `comparison.html`, which loads nothing and whose path is returned.
 
     Args:
         output_dir (`str` or `Path`):
             Folder to write to; made if missing.
         comparison (`Mapping`):
             What [`compare_runs`] returned and, as `training`, what [`compare_training`] did; either may be missing.
-        title (`str`, *optional*):
-            Heading.
-        command (`str`, *optional*):
-            The command that made it, shown at the end.
-
-    Returns:
-        `Path`: path of `comparison.html`.
+        title, command (`str`, *optional*):
+            Heading; and the command that made it, shown at the end.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,47 +72,30 @@ def to_markdown(comparison: Entry, title: str, command: str = "") -> str:
 
 def to_html(comparison: Entry, title: str, command: str = "") -> str:
     """The page: summary, notes, tables, figures, heat maps, curves of training, settings of the runs."""
-    tables = {
-        name: html_table(header, rows, name, "numbers", caption) for name, caption, header, rows in _tables(comparison)
+    jinja2 = import_extra("jinja2", "The page", "demo")
+    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    training = comparison.get("training") or {}
+    trained = dict.fromkeys(name for found in training.values() for name in found["curves"])
+    order = list(dict.fromkeys([*comparison.get("groups", {}), *trained]))
+    figures = {
+        "training": [
+            line_figure(_METRICS[m], found["curves"], order, "optimizer step", _METRICS[m])
+            for m, found in training.items()
+        ]
     }
-    body = [f"<h1>{html.escape(title)}</h1>"]
     if comparison.get("scores"):
-        body += [f"<p>{_inline(_summary(comparison))}</p>", f'<p class="muted">{html.escape(_READING)}</p>']
-    if comparison.get("notes"):
-        body.append(f"<ul>{''.join(f'<li>{_inline(note)}</li>' for note in comparison['notes'])}</ul>")
-    if comparison.get("scores"):
-        body += _scores_part(comparison, tables)
-    if "harness" in tables:
-        body += ["<h2>lm-evaluation-harness</h2>", tables["harness"]]
-    if comparison.get("training"):
-        body += _training_part(comparison["training"], list(comparison.get("groups", {})), tables)
-    if comparison.get("groups"):
-        body += ["<h2>Settings</h2>", *map(_settings, comparison["groups"].items())]
-    if command:
-        body.append(f"<p>This page: <code>{html.escape(command)}</code></p>")
-    return html_page(title, body)
-
-
-def _scores_part(comparison: Entry, tables: Mapping[str, str]) -> list[str]:
-    order, baseline = list(comparison["groups"]), comparison["baseline"]
-    body = ["<h2>Scores</h2>", tables["scores-by-length"], tables["scores-by-task"]]
-    if "each-run" in tables:
-        body.append(f"<details><summary>Each run</summary>{tables['each-run']}</details>")
-    if comparison["differences"]:
-        body.append(f"<h2>Differences to {html.escape(baseline)}</h2>")
-        body.append(legend(order, [name for name in order if name != baseline]))
-        body.append(f'<div class="grid">{_difference_figures(comparison)}</div>')
-        body += [tables["differences-by-length"], tables["differences-by-task"]]
-    if len({score["length"] for score in comparison["scores"]} - {None}) > 1:
-        body += ["<h2>Scores by length</h2>", legend(order)]
-        body.append(f'<div class="grid">{_length_figures(comparison)}</div>')
-    return [*body, "<h2>Task by length</h2>", f'<div class="grid">{_heat_maps(comparison)}</div>']
-
-
-def _inline(text: str) -> str:
-    """Escaped, with `code` as code."""
-    pieces = html.escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+        figures["differences"] = _difference_figures(comparison) if comparison["differences"] else []
+        figures["lengths"] = _length_figures(comparison)
+    return template.render(
+        **{"comparison": comparison, "title": title, "command": command, "reading": _READING, "settings": _settings},
+        **{"order": order, "trained": trained, "colors": COLORS, "num_colors": NUM_COLORS},
+        signs=[sign(i) for i in range(len(order))],
+        summary=_summary(comparison) if comparison.get("scores") else "",
+        tables={name: {"caption": c, "header": header, "rows": rows} for name, c, header, rows in _tables(comparison)},
+        heat_maps=_heat_maps(comparison) if comparison.get("scores") else {},
+        figures={name: jinja2.utils.markupsafe.Markup("".join(found)) for name, found in figures.items()},
+    )
 
 
 def _summary(comparison: Entry) -> str:
@@ -259,7 +238,7 @@ def _training_table(found: Entry) -> tuple[list[str], Rows]:
     return header, list(rows.values())
 
 
-def _difference_figures(comparison: Entry) -> str:
+def _difference_figures(comparison: Entry) -> list[str]:
     order = list(comparison["groups"])
     overall: dict[str, list[float]] = {}
     by_length: dict[str, list[list[float | None]]] = {}
@@ -270,46 +249,49 @@ def _difference_figures(comparison: Entry) -> str:
             overall[entry["group"]] = values
         elif entry["task"] is None:
             by_length.setdefault(entry["group"], []).append([lengths.index(entry["length"]), *values])
-    figures = interval_figure("Over all cells", overall, order, "percentage points")
+    figures = [interval_figure("Over all cells", overall, order, "percentage points")]
     if len(lengths) > 1:
         ticks = list(enumerate(map(_short, lengths)))
-        figures += line_figure("By length", by_length, order, "length, tokens", "percentage points", ticks)
+        figures.append(line_figure("By length", by_length, order, "length, tokens", "percentage points", ticks))
     return figures
 
 
-def _length_figures(comparison: Entry) -> str:
+def _length_figures(comparison: Entry) -> list[str]:
+    """One of all tasks and one of each; none where there is one length."""
     order = list(comparison["groups"])
     lengths = sorted({score["length"] for score in comparison["scores"]} - {None})
     ticks = list(enumerate(map(_short, lengths)))
     lines: dict[str | None, dict[str, list[list[float | None]]]] = {}
-    for score in comparison["scores"]:
+    for score in comparison["scores"] if len(lengths) > 1 else ():
         if score["length"] is not None:
             values = (100 * value for value in (score["score"], *score["interval"]))
             line = lines.setdefault(score["task"], {}).setdefault(score["group"], [])
             line.append([lengths.index(score["length"]), *values])
-    return "".join(
+    return [
         line_figure(task or "all tasks", series, order, "length, tokens", "score, %", ticks, (0, 100))
         for task, series in lines.items()
-    )
+    ]
 
 
 def _short(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
 
 
-def _heat_maps(comparison: Entry) -> str:
+def _heat_maps(comparison: Entry) -> dict[str, tuple[list[str], Rows]]:
+    """Header and rows of the heat map of each group."""
     cells = {
         (score["group"], score["task"], score["length"]): score
         for score in comparison["scores"]
         if score["task"] is not None and score["length"] is not None
     }
     tasks, lengths = list(dict.fromkeys(task for _, task, _ in cells)), sorted({length for *_, length in cells})
-    maps = []
-    for i, group in enumerate(comparison["groups"]):
-        rows = [[task, *(_heat_cell(cells.get((group, task, length))) for length in lengths)] for task in tasks]
-        header = ["", *map(_short, lengths)]
-        maps.append(html_table(header, rows, f"heat-{i}", "numbers heat", f"{group}: score, %"))
-    return "".join(maps)
+    return {
+        group: (
+            ["", *map(_short, lengths)],
+            [[task, *(_heat_cell(cells.get((group, task, length))) for length in lengths)] for task in tasks],
+        )
+        for group in comparison["groups"]
+    }
 
 
 def _heat_cell(score: Entry | None) -> Text:
@@ -319,34 +301,9 @@ def _heat_cell(score: Entry | None) -> Text:
     return TableCell(f"{100 * score['score']:.0f}", share=share)
 
 
-def _training_part(training: Entry, groups: Sequence[str], tables: Mapping[str, str]) -> list[str]:
-    names = dict.fromkeys(name for found in training.values() for name in found["curves"])
-    order = [*groups, *(name for name in names if name not in groups)]
-    figures = "".join(
-        line_figure(_METRICS[metric], found["curves"], order, "optimizer step", _METRICS[metric])
-        for metric, found in training.items()
-    )
-    shown = "".join(tables[_training_id(metric)] for metric in training if _training_id(metric) in tables)
-    text = (
-        "Lines are means over seeds, bands go from the lowest to the highest seed. Logged values are smoothed: each "
-        "is the mean of the last tenth of the entries. The mean height is the area under the curve divided by its "
-        "steps; intervals are t intervals over seeds."
-    )
-    heading = f'<h2>Training</h2><p class="muted">{text}</p>'
-    return [heading, legend(order, names), f'<div class="grid">{figures}</div>', shown]
-
-
-def _settings(item: tuple[str, Sequence[Entry]]) -> str:
-    name, runs = item
-    shown = []
-    for run in runs:
-        rows: Rows = [[key, run[key]] for key in ("path", "model", "revision", "fingerprint") if run.get(key)]
-        for key in ("settings", "versions"):
-            rows += [[f"{key}, {name}", _plain(value)] for name, value in run.get(key, {}).items()]
-        shown.append(f"<h3>{html.escape(run['name'])}</h3><p><code>{html.escape(run['command'])}</code></p>")
-        shown.append(html_table(["name", "value"], rows))
-    return f"<details><summary>{html.escape(name)} ({_count(len(runs), 'run')})</summary>{''.join(shown)}</details>"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _settings(run: Entry) -> Rows:
+    rows: Rows = [[key, run[key]] for key in ("path", "model", "revision", "fingerprint") if run.get(key)]
+    for key in ("settings", "versions"):
+        for name, value in run.get(key, {}).items():
+            rows.append([f"{key}, {name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)])
+    return rows

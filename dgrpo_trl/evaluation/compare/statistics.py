@@ -14,15 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...extras import import_extra
 from ..results import MIN_SAMPLES, Run
-from ..scores import wilson_interval
+from ..scores import Z95, wilson_interval
 
 
-try:
-    from scipy.special import stdtrit
-except ImportError as error:
-    raise ImportError("The comparison needs scipy. Install it with `pip install dgrpo-trl[demo]`.") from error
-
+stdtrit = import_extra("scipy.special", "The comparison", "demo").stdtrit
 
 FORMAT = 1
 CONFIDENCE = 0.95
@@ -39,21 +36,20 @@ def compare_runs(
 
     A group is one method: one run, or one for each seed of its training. Of single runs an interval says how much
     other samples might change the figure: percentiles of a bootstrap that resamples each cell, in the same way for all
-    runs. With several seeds it says in addition how much other seeds might: estimate +- t standard errors, where the
-    variance is that of the bootstrap plus, for each group, the variance between its seeds divided by their number, and
-    t has the degrees of freedom of Welch and Satterthwaite. Seeds of two groups are not paired. In simulations with
-    three seeds each these intervals contained the true difference in 96 to 99 % of the cases, and percentiles of a
-    bootstrap over seeds and samples in 80 to 99 %: of three seeds it sees 2/3 of the variance.
+    runs and whatever other cells there are. With several seeds it says in addition how much other seeds might:
+    estimate +- t standard errors, where the variance is that of the bootstrap plus, for each group, the variance
+    between its seeds divided by their number, and t has the degrees of freedom of Welch and Satterthwaite. Seeds of
+    two groups are not paired. In simulations with three seeds each these intervals contained the true difference in 96
+    to 99 % of the cases, and percentiles of a bootstrap over seeds and samples in 80 to 99 %: of three seeds it sees
+    2/3 of the variance.
 
     Args:
         groups (`Mapping[str, Sequence[Run]]`):
             From the name of a group to its runs, in the order to show.
         baseline (`str`, *optional*):
             Name of the group that the others are compared with; the first by default.
-        num_resamples (`int`, *optional*, defaults to `10_000`):
-            Number of bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap; a cell is resampled alike whatever other cells there are.
+        num_resamples, seed (`int`, *optional*, default to `10_000` and `0`):
+            Of the bootstrap.
 
     Returns:
         `dict`, as `comparison.json` has it. `scores` and `differences` are lists with `group`, `task` and `length`
@@ -110,14 +106,7 @@ class _CellScores:
 
 
 class _Table:
-    """The cells of all runs.
-
-    Args:
-        groups (`Mapping[str, Sequence[Run]]`):
-            From the name of a group to its runs.
-        num_resamples (`int`), seed (`int`):
-            Of the bootstrap.
-    """
+    """The cells of all runs."""
 
     def __init__(self, groups: Groups, num_resamples: int, seed: int) -> None:
         self._groups = groups
@@ -220,13 +209,8 @@ def _differences(table: _Table, name: str, baseline: str) -> Iterator[dict[str, 
 def _interval(estimate: float, resampled: Array, seeds: Sequence[Array]) -> tuple[float, float]:
     """95 % interval of a mean, or of a difference of means.
 
-    Args:
-        estimate (`float`):
-            The figure.
-        resampled (`np.ndarray`):
-            The figure in each resample of the samples, with the same seeds: `(num_resamples,)`.
-        seeds (`Sequence[np.ndarray]`):
-            The mean of each seed, for each group in the figure.
+    `resampled` is the figure in each resample of the samples, with the same seeds, of shape `(num_resamples,)`;
+    `seeds` has the mean of each seed, for each group in the figure.
     """
     seeds = [values for values in seeds if len(values) > 1]
     if not seeds:
@@ -268,7 +252,7 @@ def _harness(groups: Groups) -> list[dict[str, Any]]:
                     figures = over_seeds([float(value) for value in values])
                     error = metrics.get(metric.replace(",", "_stderr,", 1))
                     if len(members) == 1 and isinstance(error, int | float):
-                        ends = (figures["mean"] + sign * 1.959964 * error for sign in (-1, 1))
+                        ends = (figures["mean"] + sign * Z95 * error for sign in (-1, 1))
                         figures["interval"] = [round_figure(end) for end in ends]
                     found.append({"group": name, "task": task, "metric": metric, **figures})
     return found

@@ -23,33 +23,10 @@ TRAINING_METRICS = {
 Points = Sequence[tuple[int, float]]
 
 
-def read_log_history(run_dir: str | Path) -> list[dict]:
-    """The `log_history` of the `trainer_state.json` in a folder, or an empty list if there is none."""
-    path = Path(run_dir) / "trainer_state.json"
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.exists() else []
-
-
-def metric_points(log_history: Sequence[dict], metric: str) -> list[tuple[int, float]]:
-    """`(step, value)` of the entries that hold the metric."""
-    return [(entry["step"], float(entry[metric])) for entry in log_history if metric in entry]
-
-
-def trailing_means(values: Sequence[float], window: int) -> list[float]:
-    """At each place the mean of the last `window` values, or of as many as there are."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
-
-
 def steps_to_reach(points: Sequence[tuple[float, float]], value: float) -> float | None:
-    """First step at which a curve is at `value` or above, on straight lines between its points.
+    """First step at which a curve of `(step, value)` is at `value` or above, on straight lines between its points.
 
-    Args:
-        points (`Sequence[tuple[float, float]]`):
-            `(step, value)`, by step.
-        value (`float`):
-            Height to reach.
-
-    Returns:
-        `float` or `None`: the step; that of the first point if it is high enough; `None` if the curve stays below.
+    It is that of the first point if that is high enough; `None` if the curve stays below.
     """
     last_step, last_height = 0.0, float("nan")
     for i, (step, height) in enumerate(points):
@@ -62,15 +39,7 @@ def steps_to_reach(points: Sequence[tuple[float, float]], value: float) -> float
 
 
 def area_under_curve(points: Sequence[tuple[float, float]]) -> float:
-    """Area under a curve by the trapezoid rule, divided by its steps: the mean height, in the unit of the values.
-
-    Args:
-        points (`Sequence[tuple[float, float]]`):
-            `(step, value)`, by step; one point gives its value.
-
-    Raises:
-        ValueError: If there are no points.
-    """
+    """Area under a curve by the trapezoid rule, divided by its steps: the mean height, in the unit of the values."""
     if not points:
         raise ValueError("A curve without points has no area. Leave it out.")
     if len(points) == 1:
@@ -83,11 +52,9 @@ def area_under_curve(points: Sequence[tuple[float, float]]) -> float:
 def read_training(folder: str | Path) -> dict[str, Points]:
     """Curves of one training: `(step, value)` by metric, of [`TRAINING_METRICS`].
 
-    Args:
-        folder (`str` or `Path`):
-            Output folder of a training: its `trainer_state.json` is read, or that of the newest `checkpoint-*` in it.
-            `accuracy` is the mean score of the `results.json` in each `checkpoint-*`, or one folder below, over the
-            samples of the cells that all of these have.
+    The `trainer_state.json` of its output folder is read, or that of the newest `checkpoint-*` in it. `accuracy` is
+    the mean score of the `results.json` in each `checkpoint-*`, or one folder below, over the samples of the cells
+    that all have.
 
     Raises:
         FileNotFoundError: If none of this is there.
@@ -99,9 +66,13 @@ def read_training(folder: str | Path) -> dict[str, Points]:
         if (number := path.name.removeprefix("checkpoint-")).isdigit()
     }
     checkpoints = dict(sorted(checkpoints.items()))
-    states = [path for path in (folder, *reversed(checkpoints.values())) if (path / "trainer_state.json").is_file()]
-    log_history = read_log_history(states[0]) if states else []
-    curves: dict[str, Points] = {metric: metric_points(log_history, metric) for metric in TRAINING_METRICS}
+    states = [path / "trainer_state.json" for path in (folder, *reversed(checkpoints.values()))]
+    state = next((path for path in states if path.is_file()), None)
+    log_history = [] if state is None else json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    curves: dict[str, Points] = {
+        metric: [(entry["step"], float(entry[metric])) for entry in log_history if metric in entry]
+        for metric in TRAINING_METRICS
+    }
     curves["accuracy"] = _checkpoint_scores(checkpoints)
     curves = {metric: list(dict(points).items()) for metric, points in curves.items() if points}  # a step's last value
     if not curves:
@@ -170,8 +141,12 @@ def _compared(lines: Mapping[str, Sequence[Points]], reach: Sequence[float], ris
 
 
 def _smooth(points: Points, metric: str) -> Points:
+    """At each step the mean of the last tenth of the values, or of as many as there are; scores as they are."""
     window = 1 if metric == "accuracy" else max(1, len(points) // 10)
-    return list(zip([step for step, _ in points], trailing_means([y for _, y in points], window), strict=True))
+    values = [value for _, value in points]
+    return [
+        (step, sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1)) for i, (step, _) in enumerate(points)
+    ]
 
 
 def _band(members: Sequence[Points]) -> list[list[float]]:
