@@ -6,20 +6,3 @@ from .config import ServerConfig
 from .failures import RequestFailed, ServerRefused, ServerUnavailable
 from .replies import Completion, parse_object, parse_verdict, quote
 from .tokens import TokenCounter, load_token_counter
-
-
-__all__ = [
-    "ChatClient",
-    "ClientStats",
-    "Completion",
-    "RequestCache",
-    "RequestFailed",
-    "ServerConfig",
-    "ServerRefused",
-    "ServerUnavailable",
-    "TokenCounter",
-    "load_token_counter",
-    "parse_object",
-    "parse_verdict",
-    "quote",
-]

@@ -34,12 +34,8 @@ _SELECT_FAILURES = "SELECT reason, detail FROM failures WHERE key = ? ORDER BY r
 class RequestCache:
     """Replies by a hash of the request, usable or not, in an SQLite file that several processes of one host may share.
 
-    Args:
-        path (`Path`, *optional*):
-            File to read and write; made if it is not there. `None` keeps replies in memory.
-        read_only (`Sequence[Path]`, *optional*):
-            Files of other processes, in which replies are looked for too. One that cannot be read is left out, with a
-            warning.
+    Without a `path`, replies are kept in memory. They are also looked for in the `read_only` files of other processes;
+    one that cannot be read is left out, with a warning.
 
     Raises:
         ValueError: If the file is no cache.

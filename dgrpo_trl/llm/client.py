@@ -85,14 +85,7 @@ class _Attempts:
 
 
 class ChatClient:
-    """Asks one model. An asynchronous context manager, of one event loop.
-
-    Args:
-        config ([`ServerConfig`]):
-            The server.
-        cache ([`RequestCache`]):
-            Where replies are kept. The client closes it.
-    """
+    """Asks one model. An asynchronous context manager, of one event loop, which closes the cache too."""
 
     def __init__(self, config: ServerConfig, cache: RequestCache):
         self.config = config
@@ -185,22 +178,20 @@ class ChatClient:
                 raise RequestFailed(reason, detail)
             self._raise_if_exhausted(Retryable(reason, detail), attempts)
         while True:
-            await self._slots.acquire()
-            try:
-                reply = await self._send(request)
-                completion, *usage = await self._read(request.key, reply)
-                await self._cache.put(request.key, completion, *usage)
-                return completion
-            except Retryable as failure:
-                self.stats.retries[failure.reason] += 1
-                self._raise_if_exhausted(failure, attempts)
-                wait_seconds = self._wait_seconds(failure, attempts)
-                if failure.reason == "rate_limited":  # the limit applies to all requests
-                    self._slots.pause(wait_seconds)
-                    wait_seconds = 0
-            finally:  # one that waits to be sent again blocks no other
-                self._slots.release()
-            await asyncio.sleep(wait_seconds)
+            async with self._slots:
+                try:
+                    reply = await self._send(request)
+                    completion, *usage = await self._read(request.key, reply)
+                    await self._cache.put(request.key, completion, *usage)
+                    return completion
+                except Retryable as failure:
+                    self.stats.retries[failure.reason] += 1
+                    self._raise_if_exhausted(failure, attempts)
+                    wait_seconds = self._wait_seconds(failure, attempts)
+                    if failure.reason == "rate_limited":  # the limit applies to all requests
+                        self._slots.pause(wait_seconds)
+                        wait_seconds = 0
+            await asyncio.sleep(wait_seconds)  # one that waits to be sent again blocks no other
 
     def _raise_if_exhausted(self, failure: Retryable, attempts: _Attempts) -> None:
         """Ends a request that has failed too often, unless it is the server that fails, and not the request."""

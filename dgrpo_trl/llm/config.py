@@ -23,20 +23,14 @@ class ServerConfig(StrictModel):
     max_retries: int = Field(6, ge=0, description="Number of times that a failed request is sent again.")
     backoff_seconds: float = Field(1, gt=0, description="Wait before the first retry; doubled with each.")
     max_backoff_seconds: float = Field(60, gt=0, description="Longest wait before a retry.")
-    max_outage_seconds: float = Field(
-        600, ge=0, description="How long to wait for a server that is unreachable or rejects all requests."
-    )
+    max_outage_seconds: float = Field(600, ge=0, description="Wait while it is unreachable or rejects all requests.")
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="What the server calls the longest reply; newer models of OpenAI take the second."
     )
     max_model_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Context of the model, prompt and reply, in tokens. Default: the server says when it is full.",
+        None, ge=1, description="Context: tokens of prompt and reply. Default: the server says when it is full."
     )
-    tokenizer: str | None = Field(
-        None, description="Tokenizer that counts prompts: path or Hub id. Default: a byte counts as a token."
-    )
+    tokenizer: str | None = Field(None, description="Counts prompts: path or Hub id. Default: a byte is a token.")
     structured_output: Literal["auto", "json_schema", "vllm", "none"] = Field(
         "none",
         description="How replies are held to a JSON schema: OpenAI's `response_format`; vLLM's `structured_outputs`; "

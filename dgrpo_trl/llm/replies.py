@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..extras import import_extra
 from .failures import RequestFailed, Retryable
 
 
@@ -13,32 +14,16 @@ _VERDICT = re.compile(r"\W*verdict\b.*", re.I)
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply.
+    """A reply."""
 
-    Args:
-        text (`str`):
-            The answer, without the reasoning.
-        thinking (`str`, *optional*):
-            The reasoning, where the model showed it.
-        finish_reason (`str`):
-            Why it ends, in the server's words.
-        model (`str`):
-            Which model answered, in the server's words.
-    """
-
-    text: str
-    thinking: str | None
-    finish_reason: str
-    model: str
+    text: str  # the answer, without the reasoning
+    thinking: str | None  # the reasoning, where the model showed it
+    finish_reason: str  # in the server's words
+    model: str  # which one answered, in the server's words
 
 
 def parse_reply(reply: Any, model: str) -> tuple[Completion, int, int]:
-    """A reply, and the tokens of its prompt and of itself. The server sent it unchecked: any part may be missing.
-
-    Raises:
-        Retryable: If it is no chat completion, or holds no complete text.
-        RequestFailed: If the model or a content filter refused.
-    """
+    """A reply, and the tokens of its prompt and of itself. The server sent it unchecked: any part may be missing."""
     try:
         choice = (reply.get("choices") or [None])[0]
         if choice is None:
@@ -88,12 +73,7 @@ def parse_object(text: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is none.
     """
-    try:
-        from json_repair import repair_json
-    except ImportError as error:
-        raise ImportError(
-            "Reading replies needs `json-repair`. It is not installed. Run `pip install 'dgrpo-trl[longblocks]'`."
-        ) from error
+    repair_json = import_extra("json_repair", "Reading replies").repair_json
     start, end = text.find("{"), text.rfind("}")
     if start < 0:
         raise ValueError("there is no JSON object")
@@ -106,13 +86,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def parse_verdict(text: str, accept: str, reject: str) -> bool:
-    """Whether a reply accepts.
-
-    Args:
-        text (`str`):
-            The reply, its reasoning removed.
-        accept, reject (`str`):
-            The two words of the verdict.
+    """Whether a reply, its reasoning removed, accepts, by one of two words.
 
     Raises:
         ValueError: Unless the last line is exactly `VERDICT: <word>`, with one of the words, and no other line is a

@@ -2,62 +2,47 @@
 
 import asyncio
 import time
-from collections import deque
+
+import anyio
 
 
 class Slots:
-    """A semaphore whose size follows the server: halved when it is busy, and slowly raised again to its maximum."""
+    """A limiter whose size follows the server: halved when it is busy, and slowly raised again to its maximum."""
 
     def __init__(self, max_size: int):
-        self.max_size, self.size, self.num_taken = max_size, float(max_size), 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._halved_at = 0.0
-        self._pause: asyncio.TimerHandle | None = None
+        self._limiter = anyio.CapacityLimiter(max_size)
+        self._max_size, self._size = max_size, float(max_size)
+        self._halved_at = self._paused_until = 0.0
 
-    async def acquire(self) -> None:
-        """Waits for a slot, in the order of arrival."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        self._grant()
+    async def __aenter__(self) -> None:
+        """Waits for a slot, in the order of arrival, and for the end of a pause."""
+        await self._limiter.acquire()
         try:
-            await future
+            while (seconds := self._paused_until - time.monotonic()) > 0:
+                await asyncio.sleep(seconds)
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.release()
+            self._limiter.release()
             raise
 
-    def release(self) -> None:
-        self.num_taken -= 1
-        self._grant()
+    async def __aexit__(self, *error: object) -> None:
+        self._limiter.release()
 
     def pause(self, seconds: float) -> None:
-        """Grants no slot for this long."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        if self._pause is None or self._pause.when() < end:
-            if self._pause is not None:
-                self._pause.cancel()
-            self._pause = loop.call_at(end, self._resume)
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._grant()
-
-    def _grant(self) -> None:
-        while self._waiting and self.num_taken < int(self.size) and self._pause is None:
-            future = self._waiting.popleft()
-            if not future.done():
-                self.num_taken += 1
-                future.set_result(None)
+        """Lets no request begin for this long."""
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
     def halve(self, sent_at: float) -> None:
         """Lowers the size, once for all the requests that were in flight together."""
         if sent_at > self._halved_at:
             self._halved_at = time.monotonic()
-            self.size = max(1.0, self.size / 2)
+            self._resize(max(1.0, self._size / 2))
 
     def grow(self) -> None:
-        self.size = min(self.max_size, self.size + 1 / self.size)
+        self._resize(min(self._max_size, self._size + 1 / self._size))
+
+    def _resize(self, size: float) -> None:
+        self._size = size
+        self._limiter.total_tokens = int(size)
 
 
 class Pace:

@@ -13,32 +13,17 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class TokenCounter:
-    """What the builder asks of a tokenizer.
+    """What the builder asks of a tokenizer."""
 
-    Args:
-        name (`str`):
-            For the card: the tokenizer's name, or how the length is estimated.
-        count (`Callable[[str], int]`):
-            Length of a text in tokens, without any that a template would add.
-        special_tokens (`tuple[str, ...]`, *optional*):
-            Texts that the tokenizer turns into control tokens; `None` where no tokenizer is given.
-    """
-
-    name: str
-    count: Callable[[str], int]
-    special_tokens: tuple[str, ...] | None
+    name: str  # of the tokenizer, or how the length is estimated, for the card
+    count: Callable[[str], int]  # tokens of a text, without any that a template would add
+    special_tokens: tuple[str, ...] | None  # texts that become control tokens; `None` where there is no tokenizer
 
 
 def load_token_counter(name_or_path: str | None) -> TokenCounter:
-    """Reads a tokenizer.
+    """Reads a tokenizer: folder or file of a `tokenizer.json`, or a Hub id. Raises a `ValueError` if there is none.
 
-    Args:
-        name_or_path (`str`, *optional*):
-            Folder or file of a `tokenizer.json`, or a Hub id. `None` estimates `BYTES_PER_TOKEN` bytes of UTF-8 a
-            token, which is far off for languages with other scripts.
-
-    Raises:
-        ValueError: If there is none.
+    `None` estimates `BYTES_PER_TOKEN` bytes of UTF-8 a token, which is far off for languages with other scripts.
     """
     if name_or_path is None:
         estimate = f"estimate of {BYTES_PER_TOKEN} bytes per token"

@@ -21,19 +21,11 @@ _MAX_CHARS = 200  # of a completion or a prompt, in a message
 
 
 def guarded(reward_func: RewardFunc, name: str) -> RewardFunc:
-    """A call of `reward_func` that explains what goes wrong in it.
+    """A call of `reward_func` that explains what goes wrong in it; synchronous or asynchronous, as that is.
 
-    NaN counts as `None`, as in `GRPOTrainer`, and a warning says how often it was returned.
-
-    Args:
-        reward_func (`nn.Module` or `Callable`):
-            Called once, and not changed. A reward model is returned as it is.
-        name (`str`):
-            In messages.
-
-    Returns:
-        `nn.Module` or `Callable`: Synchronous or asynchronous, as `reward_func` is. It raises a `RuntimeError` that
-        shows the rows where that raises, and a `ValueError` for a reward that is infinite.
+    NaN counts as `None`, as in `GRPOTrainer`, and a warning says how often it was returned. The call raises a
+    `RuntimeError` that shows the rows where `reward_func` raises, and a `ValueError` for a reward that is infinite. A
+    reward model is returned as it is.
     """
     if isinstance(reward_func, nn.Module):
         return reward_func

@@ -51,8 +51,7 @@ _MAX_DRAWS = 3
 
 
 class LLMJudgeReward:
-    r"""
-    Reward 1 when a model at an OpenAI-compatible server finds the extracted answer equivalent to the reference.
+    r"""Reward 1 when a model at an OpenAI-compatible server finds the extracted answer equivalent to the reference.
 
     An instance is an asynchronous reward function: TRL awaits it beside other asynchronous ones. The judge sees the
     question, the references and the extracted answer, not the reasoning. Its reply counts only if its last line is
@@ -66,11 +65,9 @@ class LLMJudgeReward:
     rows fail at once until it answers again. Keep both under the timeout of the process group.
 
     Args:
-        model (`str`):
-            Name of the judge at the server.
-        base_url (`str`, *optional*):
-            Root of the API, e.g. `http://localhost:8000/v1`. Defaults to the environment variable `OPENAI_BASE_URL`,
-            then to OpenAI's.
+        model (`str`), base_url (`str`, *optional*):
+            Name of the judge at the server, and root of its API, e.g. `http://localhost:8000/v1`. Defaults to the
+            environment variable `OPENAI_BASE_URL`, then to OpenAI's.
         max_tokens (`int`, *optional*, defaults to `1024`):
             Longest reply of the judge, its reasoning included.
         max_answer_chars (`int`, *optional*, defaults to `4000`):
@@ -93,7 +90,6 @@ class LLMJudgeReward:
     Example:
     ```python
     >>> judge = LLMJudgeReward("Qwen/Qwen3-32B", base_url="http://localhost:8000/v1", cache_path="verdicts.sqlite")
-    >>> trainer = GRPOTrainer(..., reward_funcs=[judge])
     ```
     """
 
@@ -145,8 +141,7 @@ class LLMJudgeReward:
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        """
-        Judge one batch.
+        """Judge one batch.
 
         Args:
             prompts (`list[str]` or `list[list[dict]]`):
@@ -159,8 +154,8 @@ class LLMJudgeReward:
                 The trainer's. Receives `judge/failed`: share of the rows that got no verdict, in [0, 1].
 
         Returns:
-            `list[float | None]`:
-                0.0 or 1.0; `None` where the reference is missing, or the judge gave no verdict after the last retry.
+            `list[float | None]`: 0.0 or 1.0; `None` where the reference is missing, or there was no verdict after all
+            retries.
 
         Raises:
             RuntimeError: if the server refuses the key, the model or the form of the requests, or if the cache cannot

@@ -28,21 +28,15 @@ _MAX_EXPONENT = 1_000  # of the product of all exponents: `9^{9^{9}}` would neve
 
 
 def numeric_reward(completions: list[TextOrMessages], answer: list[References], **kwargs: Any) -> list[float | None]:
-    r"""
-    Reward 1 when the extracted answer is one number, equal to the reference for `math_verify`.
+    r"""Reward 1 when the extracted answer is one number, equal to the reference for `math_verify`.
 
     A number is a literal in any script ("1,000", "-3.5", "3e5", "1/4", "25%", "5 million"), alone or in a sentence
     without another one, or a LaTeX expression of numbers, `\frac`, `\sqrt`, `\pi` and small powers. Two different
     numbers are no answer. Equality is that of `math_verify`: exact between integers and fractions, to 6 digits as soon
     as a decimal is involved; "25%" equals "0.25" and "25". Units are not compared. Nothing is evaluated as Python.
 
-    Args:
-        completions, answer, **kwargs:
-            As for [`exact_match_reward`].
-
-    Returns:
-        `list[float | None]`:
-            0.0 or 1.0; `None` where the reference is missing or is not one number.
+    Arguments are as for [`exact_match_reward`], and the reward is 0.0 or 1.0; `None` too where the reference is not
+    one number.
     """
     from math_verify import verify  # a second, for SymPy: other rewards do without
 

@@ -109,29 +109,19 @@ _MAX_FRAME_TOKENS = 12
 def contains_answer_reward(
     completions: list[TextOrMessages], answer: list[References], max_extra_tokens: int = 0, **kwargs: Any
 ) -> list[float | None]:
-    """
-    Reward 1 when the extracted answer is a short sentence around the reference, as in "It was written in 1987.".
+    """Reward 1 when the extracted answer is a short sentence around the reference, as in "It was written in 1987.".
 
     The reference must stand in the answer as whole tokens, so "1" is not in "1987", nor 東 an answer of 東京. What is
     left of the answer once the reference is taken out may be at most 12 words of a closed list that frame an answer
     ("the answer is", "it was written in", "答案是", ...), and `max_extra_tokens` other ones. The default of 0 is what
-    makes a list of candidates score 0, with separators or without: each candidate is an extra token. With n, a list
-    of n + 1 one-word candidates passes. A reference made of framing words only ("she") must stand alone, or a list
-    of them would pass.
+    makes a list of candidates score 0, with separators or without: each candidate is an extra token. With n, a list of
+    n + 1 one-word candidates passes. A reference made of framing words only ("she") must stand alone, or a list of
+    them would pass.
 
     The price is that a right answer that brings more than the reference ("Paris is the capital of France") scores 0,
     above all outside English, where the list is short. Use [`LLMJudgeReward`] where such answers are expected.
 
-    Args:
-        completions, answer, **kwargs:
-            As for [`exact_match_reward`].
-        max_extra_tokens (`int`, *optional*, defaults to `0`):
-            Number of tokens allowed beside the reference and the framing words. Set it through
-            [`get_contains_answer_reward`].
-
-    Returns:
-        `list[float | None]`:
-            0.0 or 1.0; `None` where the reference is missing or has no letter, digit or symbol.
+    Arguments and reward are as for [`exact_match_reward`]; [`get_contains_answer_reward`] sets `max_extra_tokens`.
     """
 
     def score(prediction: str, reference: str) -> float:
@@ -147,19 +137,9 @@ def contains_answer_reward(
 
 
 def get_contains_answer_reward(max_extra_tokens: int) -> Callable[..., list[float | None]]:
-    """
-    [`contains_answer_reward`] with room for `max_extra_tokens` tokens beside the reference and the framing words.
+    """[`contains_answer_reward`] with room for `max_extra_tokens` >= 0 beside the reference and the framing words.
 
-    Args:
-        max_extra_tokens (`int`):
-            Number of other tokens allowed, >= 0. A list of `max_extra_tokens + 1` one-word candidates passes.
-
-    Returns:
-        `Callable`:
-            A reward function. It can be pickled, and TRL logs it as `contains_answer_reward`.
-
-    Raises:
-        ValueError: if `max_extra_tokens` is negative.
+    It can be pickled, and TRL logs it as `contains_answer_reward`.
     """
     if max_extra_tokens < 0:
         raise ValueError(
@@ -188,20 +168,13 @@ def _without_reference(tokens: list[str], reference: list[str]) -> list[str] | N
 
 
 def token_f1_reward(completions: list[TextOrMessages], answer: list[References], **kwargs: Any) -> list[float | None]:
-    """
-    Harmonic mean of the precision and the recall of the answer's tokens, counted with repetition and without order.
+    """Harmonic mean of the precision and the recall of the answer's tokens, counted with repetition and without order.
 
     The SQuAD F1 (arXiv 1606.05250), on characters in scripts without spaces. It is a dense signal, and by construction
     a list of n one-word candidates with the right one among them gets 2 / (n + 1): use another reward where hedging
     must earn nothing.
 
-    Args:
-        completions, answer, **kwargs:
-            As for [`exact_match_reward`]; of several references, the best counts.
-
-    Returns:
-        `list[float | None]`:
-            Between 0.0 and 1.0; `None` where the reference is missing or has no letter, digit or symbol.
+    Arguments are as for [`exact_match_reward`]; the reward is between 0.0 and 1.0, the best of several references.
     """
 
     def score(prediction: str, reference: str) -> float:

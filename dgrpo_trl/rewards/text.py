@@ -23,21 +23,14 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*
 
 
 def extract_answer(text: str) -> str:
-    r"""
-    Cut the final answer out of a completion.
+    r"""Cut the final answer out of the text of a completion, stripped.
 
     In this order: what follows the last `</think>`; in it, the content of `\boxed{...}` (the innermost one when boxes
     are nested); else what follows the last "answer:" (also "Antwort:", "答案：", ... in about twenty languages); else
     all of it.
 
-    Args:
-        text (`str`):
-            Text of the completion.
-
-    Returns:
-        `str`:
-            The answer, stripped. Empty, which every reward scores 0, when the completion commits to no single answer:
-            `<think>` or `\boxed{` is never closed, or several boxes hold different answers.
+    It is empty, which every reward scores 0, when the completion commits to no single answer: `<think>` or `\boxed{`
+    is never closed, or several boxes hold different answers.
     """
     if text.rfind("<think>") > text.rfind("</think>"):
         return ""
@@ -185,21 +178,13 @@ def _without_articles(tokens: list[str]) -> list[str]:
 
 
 def normalize_answer(text: str) -> str:
-    """
-    Bring an answer to the form in which answers are compared, in any language.
+    """Bring an extracted answer to the form in which answers are compared, in any language: tokens, joined by spaces.
 
     Unicode NFKC and case folding; punctuation of every script becomes a space, except where it carries a value:
     decimal points, minus signs, "%". Thousands separators go ("1,000" is "1000"), initials are joined ("U.S." is
     "us"), digits of every script become ASCII, currency and mathematical symbols stay as tokens. In scripts without
     spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...) every character with its combining marks is a token. The
-    English "the", and a leading "a" or "an", are dropped unless nothing would be left.
-
-    Args:
-        text (`str`):
-            An answer, already extracted.
-
-    Returns:
-        `str`:
-            The tokens, joined by spaces. Empty if the text has no letter, digit or symbol.
+    English "the", and a leading "a" or "an", are dropped unless nothing would be left. It is empty if the text has no
+    letter, digit or symbol.
     """
     return " ".join(answer_tokens(text))
