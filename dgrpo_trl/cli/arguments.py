@@ -23,20 +23,11 @@ from ..recipe import did_you_mean, override, read_recipe
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line in its three parts.
+    """A command line in its three parts."""
 
-    Args:
-        config (`str`, *optional*):
-            The YAML file that `--config` names.
-        overrides (`dict[str, Any]`):
-            Values by nested keys of that file, such as `{"questions.seed": 1}`.
-        flags (`list[str]`):
-            What is left: flags of dataclass fields, and their values.
-    """
-
-    config: str | None
-    overrides: dict[str, Any]
-    flags: list[str]
+    config: str | None  # the YAML file that `--config` names
+    overrides: dict[str, Any]  # values by nested keys of that file, such as `{"questions.seed": 1}`
+    flags: list[str]  # what is left: flags of dataclass fields, and their values
 
     @property
     def required_config(self) -> str:
@@ -47,16 +38,10 @@ class CommandLine:
 
 
 def split_command_line(arguments: Sequence[str] | None = None, keys: Collection[str] = ()) -> CommandLine:
-    """Takes the file and the overrides of its keys out of a command line.
+    """Takes the file and the overrides of its keys out of a command line, by default that of this process.
 
-    Args:
-        arguments (`Sequence[str]`, *optional*):
-            The words; those of this process by default.
-        keys (`Collection[str]`, *optional*):
-            Keys of the file that are no fields of a dataclass. `--key value` overrides them.
-
-    Raises:
-        ValueError: If a flag lacks its value, or the value is no YAML.
+    `keys` of the file are no fields of a dataclass; `--key value` overrides them. Raises a `ValueError` if a flag
+    lacks its value, or the value is no YAML.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     config, overrides, flags = None, {}, []
@@ -95,13 +80,11 @@ def parse_arguments(
     description: str | None = None,
     other_flags: Collection[str] = (),
 ) -> tuple[Any, ...]:
-    """Instances of dataclasses, from a command line and the YAML file that its `--config` names.
+    """Instances of dataclasses, from a command line (by default that of this process) and the YAML file that it names.
 
     Args:
         dataclass_types (`Sequence[type]`):
             Dataclasses, as [`~trl.TrlParser`] takes them.
-        arguments (`Sequence[str]`, *optional*):
-            The words; those of this process by default.
         description (`str`, *optional*):
             What `--help` prints above the flags.
         other_flags (`Collection[str]`, *optional*):

@@ -12,13 +12,14 @@ at any moment, the build resumes when it is started again with the same configur
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from ..longblocks import STAGES, BuildConfig, Builder, load_config
 from .arguments import CommandLine, exit_with_message, parse_arguments, split_command_line
@@ -28,23 +29,18 @@ from .arguments import CommandLine, exit_with_message, parse_arguments, split_co
 class BuildArguments:
     """What to do of a build, and where."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the build; by default outputs/longblocks/NAME."}
+    output_dir: str | None = HfArg(default=None, help="Folder of the build; by default outputs/longblocks/NAME.")
+    stages: list[str] = HfArg(
+        default_factory=lambda: list(STAGES), help="Stages to run.", metadata={"choices": STAGES, "metavar": "STAGE"}
     )
-    stages: list[str] = field(
-        default_factory=lambda: list(STAGES),
-        metadata={"help": "Stages to run.", "choices": STAGES, "metavar": "STAGE"},
+    shard: int = HfArg(default=0, help="Which share of the work this process does.")
+    num_shards: int = HfArg(default=1, help="Number of processes that share the work.")
+    restart_from: str | None = HfArg(
+        default=None, help="Make this stage and those after it again.", metadata={"choices": STAGES}
     )
-    shard: int = field(default=0, metadata={"help": "Which share of the work this process does."})
-    num_shards: int = field(default=1, metadata={"help": "Number of processes that share the work."})
-    restart_from: str | None = field(
-        default=None, metadata={"help": "Make this stage and those after it again.", "choices": STAGES}
-    )
-    retry_failed: bool = field(default=False, metadata={"help": "Ask again for what failures of a server left out."})
-    dry_run: bool = field(default=False, metadata={"help": "Check the configuration and the sources; build nothing."})
-    push: bool = field(
-        default=False, metadata={"help": "Upload to the Hub (`publish.repo_id`), private unless `publish` says not."}
-    )
+    retry_failed: bool = HfArg(default=False, help="Ask again for what failures of a server left out.")
+    dry_run: bool = HfArg(default=False, help="Check the configuration and the sources; build nothing.")
+    push: bool = HfArg(default=False, help="Upload to the Hub (`publish.repo_id`), private unless `publish` says not.")
 
 
 def split_build_command_line(arguments: Sequence[str] | None) -> CommandLine:
@@ -53,11 +49,7 @@ def split_build_command_line(arguments: Sequence[str] | None) -> CommandLine:
 
 
 def read_config(command: CommandLine) -> tuple[BuildConfig, Path]:
-    """The configuration, and the folder where it is built by default.
-
-    Raises:
-        ValueError: If there is none, or it is wrong.
-    """
+    """The configuration, and the folder where it is built by default."""
     config = load_config(command.required_config, command.overrides)
     return config, Path("outputs/longblocks") / config.name
 

@@ -11,10 +11,12 @@ when the one before has succeeded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from ..longblocks import STAGES, BuildConfig, Builder, load_config
 from ..longblocks.builder.config import GLOBAL_STAGES
@@ -26,19 +28,17 @@ from .build_longblocks import read_config, split_build_command_line
 class ClusterArguments:
     """How the work is shared out."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the build; by default outputs/longblocks/NAME."}
+    output_dir: str | None = HfArg(default=None, help="Folder of the build; by default outputs/longblocks/NAME.")
+    tasks: int = HfArg(default=8, help="Number of shares.")
+    workers: int = HfArg(default=-1, help="Shares at a time; -1 for all.")
+    executor: str = HfArg(
+        default="local", help="Processes, or Slurm's jobs.", metadata={"choices": ["local", "slurm"]}
     )
-    tasks: int = field(default=8, metadata={"help": "Number of shares."})
-    workers: int = field(default=-1, metadata={"help": "Shares at a time; -1 for all."})
-    executor: str = field(
-        default="local", metadata={"help": "Processes, or Slurm's jobs.", "choices": ["local", "slurm"]}
-    )
-    partition: str | None = field(default=None, metadata={"help": "Slurm's partition."})
-    time: str = field(default="24:00:00", metadata={"help": "Slurm's time limit of a task."})
-    cpus_per_task: int = field(default=2, metadata={"help": "CPUs of one of Slurm's tasks."})
-    mem_per_cpu_gb: int = field(default=4, metadata={"help": "Memory per CPU under Slurm, in GB."})
-    venv_path: str | None = field(default=None, metadata={"help": "Environment that Slurm's jobs activate."})
+    partition: str | None = HfArg(default=None, help="Slurm's partition.")
+    time: str = HfArg(default="24:00:00", help="Slurm's time limit of a task.")
+    cpus_per_task: int = HfArg(default=2, help="CPUs of one of Slurm's tasks.")
+    mem_per_cpu_gb: int = HfArg(default=4, help="Memory per CPU under Slurm, in GB.")
+    venv_path: str | None = HfArg(default=None, help="Environment that Slurm's jobs activate.")
 
     def __post_init__(self):
         if self.executor == "slurm" and self.partition is None:

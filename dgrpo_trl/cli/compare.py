@@ -8,8 +8,10 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from ..evaluation.compare import Run, compare_runs, compare_training, read_run, to_markdown, write_comparison
 from .arguments import exit_with_message, parse_arguments
@@ -19,27 +21,25 @@ from .arguments import exit_with_message, parse_arguments
 class ComparisonArguments:
     """What to compare, and how."""
 
-    runs: list[str] = field(
+    runs: list[str] = HfArg(
+        default_factory=list, help="Folders with results.json, or such files. A run is named as its evaluation was."
+    )
+    groups: list[str] = HfArg(
+        default_factory=list, help="Seeds of a method each, as NAME=RUN,RUN.", metadata={"metavar": "NAME=RUN,RUN"}
+    )
+    baseline: str | None = HfArg(
+        default=None, help="Run or group that the others are compared with; by default the first."
+    )
+    logs: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "Folders with results.json, or such files. A run is named as its evaluation was."},
+        help="Output folders of trainings, as NAME=FOLDER,FOLDER.",
+        metadata={"metavar": "NAME=FOLDER,FOLDER"},
     )
-    groups: list[str] = field(
-        default_factory=list, metadata={"help": "Seeds of a method each, as NAME=RUN,RUN.", "metavar": "NAME=RUN,RUN"}
-    )
-    baseline: str | None = field(
-        default=None, metadata={"help": "Run or group that the others are compared with; by default the first."}
-    )
-    logs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Output folders of trainings, as NAME=FOLDER,FOLDER.", "metavar": "NAME=FOLDER,FOLDER"},
-    )
-    reach: list[float] = field(
-        default_factory=list, metadata={"help": "Values of reward or score to count the steps to."}
-    )
-    output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder to write to."})
-    title: str = field(default="Comparison of runs", metadata={"help": "Heading of the page."})
-    num_resamples: int = field(default=10_000, metadata={"help": "Bootstrap resamples."})
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+    reach: list[float] = HfArg(default_factory=list, help="Values of reward or score to count the steps to.")
+    output_dir: str = HfArg(default="outputs/comparison", help="Folder to write to.")
+    title: str = HfArg(default="Comparison of runs", help="Heading of the page.")
+    num_resamples: int = HfArg(default=10_000, help="Bootstrap resamples.")
+    seed: int = HfArg(default=0, help="Seed of the bootstrap.")
 
     def __post_init__(self):
         if not (self.runs or self.groups or self.logs):
@@ -47,11 +47,7 @@ class ComparisonArguments:
 
 
 def named_folders(texts: list[str]) -> dict[str, list[str]]:
-    """`NAME=FOLDER,FOLDER` -> folders by name.
-
-    Raises:
-        ValueError: If a text has another form, or a name is given twice.
-    """
+    """`NAME=FOLDER,FOLDER` -> folders by name."""
     found: dict[str, list[str]] = {}
     for text in texts:
         name, _, folders = text.partition("=")
@@ -64,11 +60,7 @@ def named_folders(texts: list[str]) -> dict[str, list[str]]:
 
 
 def read_groups(args: ComparisonArguments) -> dict[str, list[Run]]:
-    """Runs by the name under which they are shown; single ones are groups of one.
-
-    Raises:
-        ValueError: If two have one name, or a run cannot be read.
-    """
+    """Runs by the name under which they are shown; single ones are groups of one."""
     groups: dict[str, list[Run]] = {}
     for run in map(read_run, args.runs):
         if run.name in groups:

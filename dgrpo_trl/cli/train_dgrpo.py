@@ -19,11 +19,7 @@ from .training_run import prepare_run
 
 
 def load_reward_func(name: str) -> Callable:
-    """The reward function of that name or import path.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The reward function of that name or import path; a `ValueError` if there is none."""
     from .. import rewards  # takes seconds, which `--help` does without
 
     module_name, _, function_name = name.rpartition(".")

@@ -58,22 +58,7 @@ def prepare_run(
     description: str | None = None,
     load_reward_funcs: Callable[[Arguments], list[Callable]] | None = None,
 ) -> TrainingRun[Arguments] | None:
-    """Reads command line, reward functions, tokenizer and data.
-
-    Args:
-        script_class (`type`):
-            Arguments of the command.
-        config_class (`type`):
-            Configuration of its trainer.
-        arguments (`Sequence[str]`, *optional*):
-            The command line; that of this process by default.
-        description (`str`, *optional*):
-            What `--help` prints above the flags.
-        load_reward_funcs (`Callable`, *optional*):
-            From the arguments to the reward functions of the command, if it has any.
-
-    Returns:
-        [`TrainingRun`], or `None` after a dry run, whose report is printed.
+    """Reads command line, reward functions, tokenizer and data; `None` after a dry run, whose report is printed.
 
     Raises:
         ValueError: If an argument is wrong, the data cannot be read, or a dry run finds problems.

@@ -8,22 +8,6 @@ from .report import Report
 from .shape import Shape
 
 
-__all__ = [
-    "Engine",
-    "Estimates",
-    "GPUS",
-    "Gpu",
-    "Preflight",
-    "Report",
-    "Rows",
-    "Shape",
-    "micro_batch_bytes",
-    "preflight",
-    "read_engine",
-    "without_gpu",
-]
-
-
 def without_gpu(arguments: list[str]) -> list[str]:
     """The command line of a dry run, made fit for a machine without a GPU, where transformers refuses `bf16`."""
     return [*arguments, "--use_cpu", "true"] if "--dry_run" in arguments else arguments

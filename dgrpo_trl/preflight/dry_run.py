@@ -57,10 +57,8 @@ def preflight(
             Rows to train on, with `prompt`; for SFT with `completion` too. A stream has no length and is refused.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
-        engine ([`Engine`]):
-            How it is distributed.
-        gpu ([`Gpu`]):
-            Every device.
+        engine ([`Engine`]), gpu ([`Gpu`]):
+            How it is distributed, and every device.
         mfu (`float`, *optional*, defaults to `0.4`):
             Share of the GPU's peak that training reaches: an assumption.
         peft_config (*optional*):
@@ -69,9 +67,6 @@ def preflight(
             Rows to evaluate on, which are checked too.
         reward_funcs (`Sequence`, *optional*):
             Reward functions, whose columns the rows must have.
-
-    Returns:
-        [`Report`]
 
     Raises:
         ValueError: If a configuration or the teacher's tokenizer cannot be read, or `dataset` is a stream.
@@ -266,7 +261,8 @@ class Preflight:
         self.report.warnings += packing_warnings(args)
         if not findings.rows_are_readable:
             return
-        lengths, sample = self._row_lengths()
+        rows, sample = _sample(self.dataset, "prompt", "completion")
+        lengths = [num_row_tokens(prompt, completion, models.tokenizer) for prompt, completion in rows] or [0]
         max_length = args.max_length or max(lengths)
         longest = min(max(lengths), max_length)
         mean = statistics.mean(min(length, max_length) for length in lengths)
@@ -303,11 +299,6 @@ class Preflight:
         add("10^15 operations of a step", f"{flops / 1e15:,.2f}")
         add("seconds of a step", f"{seconds:,.1f}")
         add("hours of the run", f"{steps * seconds / 3600:,.1f}")
-
-    def _row_lengths(self) -> tuple[list[int], str]:
-        rows, sample = _sample(self.dataset, "prompt", "completion")
-        tokenizer = self.models.tokenizer
-        return [num_row_tokens(prompt, completion, tokenizer) for prompt, completion in rows] or [0], sample
 
 
 def _sample(dataset: Dataset, *columns: str) -> tuple[list, str]:

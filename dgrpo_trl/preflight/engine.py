@@ -10,23 +10,12 @@ import yaml
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is distributed.
+    """How a run is distributed."""
 
-    Args:
-        kind (`str`):
-            `"single"`, `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"` or `"fsdp2"`.
-        num_processes (`int`):
-            Devices of all nodes.
-        offload_optimizer (`bool`):
-            Its states are in the memory of the host.
-        offload_params (`bool`):
-            So are the weights.
-    """
-
-    kind: str = "single"
-    num_processes: int = 1
-    offload_optimizer: bool = False
-    offload_params: bool = False
+    kind: str = "single"  # or `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"`, `"fsdp2"`
+    num_processes: int = 1  # devices of all nodes
+    offload_optimizer: bool = False  # its states are in the memory of the host
+    offload_params: bool = False  # so are the weights
 
     @property
     def is_deepspeed(self) -> bool:
@@ -43,11 +32,7 @@ class Engine:
 
 
 def read_engine(path: str | Path | None) -> Engine:
-    """The engine that an accelerate configuration describes; one process without one.
-
-    Raises:
-        ValueError: If it cannot be read, or its kind is not known here.
-    """
+    """The engine that an accelerate configuration describes; one process without one."""
     if path is None:
         return Engine()
     try:

@@ -27,21 +27,12 @@ _MAX_LIVE_PARAMETERS = 10**9
 
 @dataclass(frozen=True)
 class Rows:
-    """Lengths of the rows that a step trains on, in tokens.
+    """Lengths of the rows that a step trains on, in tokens."""
 
-    Args:
-        prompt (`float`), teacher_prompt (`float`):
-            Prompt of the student, and of the teacher.
-        completion (`int`):
-            Completion.
-        shares_prefix (`bool`):
-            Whether a prompt runs once for all its completions.
-    """
-
-    prompt: float
+    prompt: float  # of the student
     teacher_prompt: float
     completion: int
-    shares_prefix: bool
+    shares_prefix: bool  # whether a prompt runs once for all its completions
 
     def segments(self, prompt: float, group: int) -> list[tuple[int, int]]:
         """What is run of one group: the number of tokens of each segment, and that of the tokens before it."""
@@ -272,12 +263,8 @@ def micro_batch_bytes(
     """What loss and backward of a micro-batch add to models and gradients, in bytes.
 
     Args:
-        shape ([`Shape`]), teacher ([`Shape`], *optional*):
-            Student and teacher.
-        tokens (`int`):
-            Tokens that run through the layers.
-        scored (`int`):
-            Of these, those that go through the LM head.
+        tokens (`int`), scored (`int`):
+            Tokens that run through the layers, and of these, those that go through the LM head.
         width (`int`), stream (`int`):
             Bytes of a value in the layers, and between them.
         checkpoints (`bool`):

@@ -7,21 +7,13 @@ from ..checks import Findings
 
 @dataclass
 class Report(Findings):
-    """What was found. `str(report)` is the text for the reader.
+    """What was found. `str(report)` is the text for the reader."""
 
-    Args:
-        problems (`list[str]`), warnings (`list[str]`):
-            What the run would refuse, and what may be wrong.
-        sections (`dict[str, list[tuple[str, str]]]`):
-            Names and values, by the title of the section.
-        memory_gib (`dict[str, dict[str, float]]`):
-            Memory of one GPU by phase of a step and by what takes it.
-        step_seconds (`dict[str, float]`):
-            Time of a step: `"plain"` without the shared prefix, `"shared"` with it, `"decode"` of its decoding alone.
-    """
-
+    # Names and values, by the title of the section
     sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    # Memory of one GPU by phase of a step and by what takes it
     memory_gib: dict[str, dict[str, float]] = field(default_factory=dict)
+    # `"plain"` without the shared prefix, `"shared"` with it, `"decode"` of decoding alone
     step_seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, section: str, name: str, value: str) -> None:

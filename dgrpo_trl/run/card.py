@@ -38,17 +38,7 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def recipe_and_metrics(args: TrainingArguments, log_history: list[dict[str, Any]]) -> str:
-    """Two sections of Markdown.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Of the run.
-        log_history (`list[dict]`):
-            What it logged: `trainer.state.log_history`.
-
-    Returns:
-        `str`
-    """
+    """Two sections of Markdown, of the arguments of a run and its `trainer.state.log_history`."""
     recipe = yaml.safe_dump(changed_arguments(args), sort_keys=False, allow_unicode=True)
     last: dict[str, Any] = {}
     steps = [entry["step"] for entry in log_history if "step" in entry]

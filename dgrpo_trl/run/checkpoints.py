@@ -96,15 +96,8 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
     """The checkpoint to resume from.
 
-    Args:
-        resume_from_checkpoint (`str`, `bool`, *optional*):
-            `"auto"`: the newest complete one, or none if there is none yet. `True`: the newest complete one. A path:
-            that one. `False` or nothing: none.
-        output_dir (`str` or `Path`):
-            Folder of the run.
-
-    Returns:
-        `str` or `None`
+    `"auto"` is the newest complete one, or none if there is none yet; `True` the newest complete one; a path that one;
+    `False` or nothing none.
 
     Raises:
         ValueError: If the checkpoint that is asked for is missing or incomplete.

@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,9 @@ _ELLIPSIS = "[...] "
 _MAX_TOKENS_PER_CHARACTER = 8
 # The color scale ends here, in nats, unless a completion goes beyond
 _FULL_COLOR_NATS = 2.0
-_MAX_OPACITY = 0.75  # more would make the text hard to read
+_MAX_OPACITY = 0.75  # as in `heatmap.css`; more would make the text hard to read
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       background: Canvas; color: CanvasText; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
-dd { margin: 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace;
-      border: 1px solid GrayText; padding: .8rem; }
-.legend { display: inline-block; width: 12rem; height: .9rem; vertical-align: middle; border: 1px solid GrayText;
-          background: linear-gradient(to right, rgba(214, 39, 40, 0), rgba(214, 39, 40, MAX)); }
-""".replace("MAX", str(_MAX_OPACITY))
+_STYLE = resources.files(__package__).joinpath("heatmap.css").read_text(encoding="utf-8")
 
 
 def tail(prompt: str | list[dict]) -> str | list[dict]:
@@ -50,17 +41,7 @@ def tail(prompt: str | list[dict]) -> str | list[dict]:
 
 @dataclass(frozen=True)
 class Trace:
-    """A completion, token by token.
-
-    Args:
-        prompt_ids (`list[int]`), completion_ids (`list[int]`):
-            T completion tokens, after those of the prompt.
-        divergences (`list[float]`), logps (`list[float]`), teacher_entropies (`list[float]`):
-            Of each of the T tokens, in nats: the divergence to the teacher, the student's log-probability, and the
-            entropy of the teacher's distribution.
-        advantage (`float`):
-            Of the completion.
-    """
+    """A completion, token by token; divergences, log-probabilities and entropies are in nats."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -94,17 +75,6 @@ def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str)
     """An HTML page that shows a completion with each token colored by the divergence to the teacher.
 
     It needs no network, and shows a token's numbers where the pointer rests on it.
-
-    Args:
-        trace ([`Trace`]):
-            The completion.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes it.
-        title (`str`):
-            Title of the page.
-
-    Returns:
-        `str`
     """
 
     def decode(ids: list[int]) -> str:
@@ -160,17 +130,10 @@ def write_heatmap(folder: Path, step: int, page: str) -> Path:
 
 
 class Inspector:
-    """Collects, between two log entries, the divergence of each completion and the one to draw.
-
-    Args:
-        keeps_rows (`bool`):
-            Whether the divergence of each row is wanted, for the table of completions.
-        keeps_trace (`bool`):
-            Whether the completion of the largest mean divergence is wanted, for the heat map.
-    """
+    """Collects, between two log entries, the divergence of each completion and the one of the largest, to draw."""
 
     def __init__(self, keeps_rows: bool, keeps_trace: bool):
-        self.keeps_rows, self.keeps_trace = keeps_rows, keeps_trace
+        self.keeps_rows, self.keeps_trace = keeps_rows, keeps_trace  # for the table, and for the heat map
         self.divergences: list[float | None] = []
         self.table_is_trained = False  # or of an evaluation, whose rows have no divergence here
         self.trace: Trace | None = None
@@ -182,16 +145,7 @@ class Inspector:
             self.divergences = [None] * num_rows
 
     def observe(self, inputs: dict[str, Any], tokens: DistilledTokens, mask: Tensor) -> None:
-        """Takes in a micro-batch that has been scored. Rank-local.
-
-        Args:
-            inputs (`dict`):
-                The micro-batch; `row_index` says which rows of the generation batch these are.
-            tokens ([`~scoring.DistilledTokens`]):
-                What the student's forward returned.
-            mask (`torch.Tensor` of shape `(B, T)`):
-                Tokens that count.
-        """
+        """Takes in a micro-batch that has been scored; `mask` of shape `(B, T)`: the tokens that count. Rank-local."""
         if not (self.keeps_rows or self.keeps_trace):
             return
         counts = mask.sum(-1)
@@ -215,12 +169,7 @@ class Inspector:
         )
 
     def complete_table(self, logs: dict[str, Any]) -> None:
-        """Cuts long prompts in TRL's table of completions, adds the column `distill/divergence`. A collective call.
-
-        Args:
-            logs (`dict`):
-                TRL's columns, deques of equal length.
-        """
+        """Cuts long prompts in TRL's table of completions, adds the column `distill/divergence`. A collective call."""
         prompts = logs["prompt"] = deque(map(tail, logs["prompt"]), logs["prompt"].maxlen)
         if not self.keeps_rows:
             return

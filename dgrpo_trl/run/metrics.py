@@ -10,13 +10,9 @@ from ..scoring import DistilledTokens
 
 
 class AccumulationWindow:
-    """Sums of the micro-batches between two optimizer steps.
+    """Sums of the micro-batches between two optimizer steps, over all ranks.
 
     A mean over micro-batches or ranks would weigh the tokens of a short one more; sums and counts weigh all alike.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Adds up over all ranks.
     """
 
     def __init__(self, accelerator: Accelerator):

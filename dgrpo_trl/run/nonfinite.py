@@ -26,19 +26,12 @@ class NonFiniteGuard(TrainerCallback):
 
     A step is skipped on all ranks where the loss of a micro-batch, or the norm of the gradient, is not finite on any.
     DeepSpeed skips such a step by itself, with the same test of the gradient; elsewhere the gradients are removed
-    before the optimizer reads them, so that neither weights nor moments move. Skipped steps count as steps.
+    before the optimizer reads them, so that neither weights nor moments move. Skipped steps count as steps. After
+    `max_steps` consecutive ones, training ends with an error.
 
     In fp16 a gradient that overflows while the loss is finite is how a `GradScaler`, or DeepSpeed, searches for its
     scale: it skips the step itself, and lowers the scale. Such a step is left to it, and does not count, unless the
     scale is down at 1 and no longer the reason.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Brings the outcome to all ranks.
-        decode (`Callable`):
-            From token ids to text, for the messages.
-        max_steps (`int`):
-            Training ends with an error after this many consecutive skipped steps.
     """
 
     def __init__(self, accelerator: Accelerator, decode: Callable[[list[int]], str], max_steps: int):
@@ -54,17 +47,9 @@ class NonFiniteGuard(TrainerCallback):
     def observe(
         self, step: int, inputs: dict[str, Any], terms: dict[str, Tensor], scored: CompletionOutput | None
     ) -> None:
-        """Remembers and reports a micro-batch of training whose loss is not finite. Rank-local.
+        """Remembers and reports a micro-batch of an optimizer step, from 1 on, whose loss is not finite. Rank-local.
 
-        Args:
-            step (`int`):
-                Optimizer step that the micro-batch is part of, from 1.
-            inputs (`dict`):
-                The micro-batch, as the trainer's loss gets it.
-            terms (`dict[str, torch.Tensor]`):
-                The terms of its loss, scalars.
-            scored ([`~scoring.CompletionOutput`], *optional*):
-                What the student's forward returned.
+        The terms of the loss are scalars; `scored` is what the student's forward returned.
         """
         if torch.isfinite(sum(terms.values(), torch.tensor(0.0))):
             return

@@ -30,10 +30,6 @@ class StopOnSignal(TrainerCallback):
     The checkpoint is that of the last complete optimizer step, its random states included: what was accumulated of the
     next one is computed again on resuming. All ranks stop together, whichever of them the signal reaches. A second
     SIGINT ends the process at once.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            That of the trainer. Add the callback with `trainer.add_callback`.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -58,11 +54,7 @@ class StopOnSignal(TrainerCallback):
         self._handlers = {}
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """What a signal does.
-
-        Raises:
-            KeyboardInterrupt: At a SIGINT after another signal.
-        """
+        """What a signal does; a SIGINT after another signal raises a `KeyboardInterrupt`."""
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
@@ -93,11 +85,7 @@ class StopOnSignal(TrainerCallback):
         return True
 
     def exit_if_stopped(self) -> None:
-        """Ends the process with code 75 if a signal has ended the run. A collective call.
-
-        Raises:
-            SystemExit: If so.
-        """
+        """Ends the process with code 75 if a signal has ended the run. A collective call."""
         if not self.stopped:
             return
         self.accelerator.wait_for_everyone()

@@ -34,14 +34,8 @@ def keep_run_id(args: TrainingArguments) -> None:
 def train_to_the_end(trainer: Trainer, dataset_name: str | None = None) -> None:
     """Trains, from a checkpoint where the arguments name one, and saves the model and the log to `output_dir`.
 
-    With `push_to_hub` among the arguments, the model goes to the Hub too. Other processes cannot be reached after it.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            With [`~checkpoints.CompleteCheckpoints`] among its bases. `args.resume_from_checkpoint` is what
-            [`~checkpoints.resolve_checkpoint`] takes.
-        dataset_name (`str`, *optional*):
-            What the model card names as the data set.
+    With `push_to_hub` among the arguments, the model goes to the Hub too, with `dataset_name` in its card. Other
+    processes cannot be reached after it. The trainer has [`~checkpoints.CompleteCheckpoints`] among its bases.
 
     Raises:
         SystemExit: With code 75, if a signal has ended the run; its checkpoint is written.

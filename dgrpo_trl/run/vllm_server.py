@@ -38,12 +38,7 @@ class _Lost:
 
 
 def report_losses(client: Any) -> None:
-    """Lets `client.generate` answer with a loss where the server does not answer, instead of raising.
-
-    Args:
-        client ([`~trl.generation.vllm_client.VLLMClient`]):
-            That of the main process.
-    """
+    """Lets `client.generate` answer with a loss where the server does not answer, instead of raising."""
     generate: Callable[..., dict] = client.generate
 
     def generate_or_report(*args: Any, **kwargs: Any) -> dict:
@@ -69,21 +64,10 @@ def is_up(client: Any) -> bool:
 
 
 def wait_for_server(client: Any | None, accelerator: Accelerator, limit_seconds: float) -> bool:
-    """Waits until the server is up, with messages. A collective call.
+    """Waits until the server is up, with messages. A collective call; only the main rank has a client.
 
-    Args:
-        client ([`~trl.generation.vllm_client.VLLMClient`], *optional*):
-            `None` on all ranks but the main one.
-        accelerator ([`~accelerate.Accelerator`]):
-            Brings the outcome to all ranks.
-        limit_seconds (`float`):
-            Longest wait.
-
-    Returns:
-        `bool`: Whether the server was unreachable. It may have restarted, with the weights that it read from disk.
-
-    Raises:
-        ServerLost: On all ranks, if it does not come up in time.
+    Returns whether the server was unreachable: it may have restarted, with the weights that it read from disk. Raises
+    [`ServerLost`] on all ranks if it does not come up in `limit_seconds`.
     """
     outcome: list[str | bool] = [False]
     if client is not None and not is_up(client):
@@ -123,16 +107,8 @@ def generate_through_outages(
 ) -> _Generated:
     """Generates as soon as the server is up, again where it was lost meanwhile. A collective call.
 
-    Args:
-        generate (`Callable`):
-            Raises [`ServerLost`] on all ranks, see [`report_losses`].
-        client ([`~trl.generation.vllm_client.VLLMClient`], *optional*), accelerator, limit_seconds:
-            As in [`wait_for_server`].
-        forget_weights (`Callable`):
-            Makes the next `generate` send the student's weights first.
-
-    Raises:
-        ServerLost: On all ranks, if the server does not come up in time.
+    `generate` raises [`ServerLost`] on all ranks, see [`report_losses`]; `forget_weights` makes the next one send the
+    student's weights first; the rest is as in [`wait_for_server`].
     """
     was_lost = False
     while True:
