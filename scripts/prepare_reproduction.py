@@ -9,10 +9,11 @@ holds short questions without a document, which nothing is trained on: do the me
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from prepare_demo import SYSTEM_MESSAGE, PreparationArguments, prepare
+from transformers.hf_argparser import HfArg
 
 from dgrpo_trl.cli.arguments import parse_arguments
 
@@ -56,10 +57,8 @@ def short_rows(seed: int) -> list[dict]:
 class ReproductionArguments(PreparationArguments):
     """Where to write, and for which size."""
 
-    size: str = field(default="cpu", metadata={"help": "Size of the comparison.", "choices": list(NUM_ROWS)})
-    output_dir: Path | None = field(
-        default=None, metadata={"help": "Folder to write to, by default outputs/reproduce-SIZE."}
-    )
+    size: str = HfArg(default="cpu", help="Size of the comparison.", metadata={"choices": list(NUM_ROWS)})
+    output_dir: Path | None = HfArg(default=None, help="Folder to write to, by default outputs/reproduce-SIZE.")
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ Writes `comparison/` (long questions, curves of training) and `short/` (what the
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from stages import RECIPES, Project, Stage, has_bf16_instructions, run_stages
+from transformers.hf_argparser import HfArg
 
 from dgrpo_trl.cli.arguments import exit_with_message, parse_arguments
 from dgrpo_trl.evaluation.compare.figures import draw_lines
@@ -58,20 +59,7 @@ EVIDENCE = "teacher, reads the evidence"
 
 
 class Comparison:
-    """The stages of a comparison.
-
-    Args:
-        size (`str`):
-            `"cpu"` or `"gpu"`.
-        output_dir (`Path`):
-            Folder of everything.
-        seeds (`int`):
-            Seeds of each method.
-        ablation_seeds (`int`):
-            Seeds of each ablation; 0 leaves them out.
-        bf16 (`bool`):
-            Whether to compute in bfloat16.
-    """
+    """The stages of a comparison, with a number of seeds for each method and ablation; 0 leaves these out."""
 
     def __init__(self, size: str, output_dir: Path, seeds: int, ablation_seeds: int, bf16: bool):
         self.size = size
@@ -163,14 +151,10 @@ def plot_curves(comparison: dict, path: Path) -> None:
 class ReproduceArguments:
     """Where to write, and what to compare."""
 
-    size: str = field(
-        default="cpu", metadata={"help": "Two CPU cores, or one GPU of 80 GB.", "choices": ["cpu", "gpu"]}
-    )
-    output_dir: Path | None = field(
-        default=None, metadata={"help": "Folder to write to, by default outputs/reproduce-SIZE."}
-    )
-    seeds: int = field(default=3, metadata={"help": "Seeds of each method."})
-    ablation_seeds: int = field(default=1, metadata={"help": "Seeds of each ablation; 0 leaves them out."})
+    size: str = HfArg(default="cpu", help="Two CPU cores, or one GPU of 80 GB.", metadata={"choices": ["cpu", "gpu"]})
+    output_dir: Path | None = HfArg(default=None, help="Folder to write to, by default outputs/reproduce-SIZE.")
+    seeds: int = HfArg(default=3, help="Seeds of each method.")
+    ablation_seeds: int = HfArg(default=1, help="Seeds of each ablation; 0 leaves them out.")
 
     def __post_init__(self):
         if self.seeds < 1 or self.ablation_seeds < 0:

@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 
 from dgrpo_trl import evaluation, longblocks
-from dgrpo_trl.files import write_json
+from dgrpo_trl.files import sha256_of, write_json
 
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -30,47 +30,25 @@ WEIGHTS = "model.safetensors"
 
 @dataclass
 class Stage:
-    """A command, and how to know whether it must run.
+    """A command, and how to know whether it must run."""
 
-    Args:
-        name (`str`):
-            Its name, also of its marker file; the part before the first `_` is its kind.
-        purpose (`str`):
-            What it does, for the log.
-        command (`list[str]`):
-            Its command line.
-        inputs (`list[Path]`):
-            Files whose content decides the result.
-        outputs (`list[Path]`):
-            Files that exist after it.
-    """
-
-    name: str
-    purpose: str
+    name: str  # also of its marker file; the part before the first `_` is its kind
+    purpose: str  # for the log
     command: list[str]
-    inputs: list[Path]
-    outputs: list[Path]
+    inputs: list[Path]  # files whose content decides the result
+    outputs: list[Path]  # files that exist after it
 
 
 def fingerprint(stage: Stage) -> str:
     """Hash of the command and of the content of its inputs."""
     digest = hashlib.sha256(json.dumps(stage.command).encode())
     for path in stage.inputs:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 
 
 def run_stage(stage: Stage, number: str, markers: Path) -> float:
-    """Runs a stage, or skips it if its marker has the same fingerprint and its outputs exist.
-
-    Returns:
-        `float`: seconds that the stage took, now or when it ran.
-
-    Raises:
-        SystemExit: If the command fails, with its exit status.
-    """
+    """Runs a stage, or skips it if its marker has the same fingerprint and its outputs exist; the seconds it took."""
     marker = markers / f"{stage.name}.json"
     found = fingerprint(stage)
     if marker.exists() and all(path.exists() for path in stage.outputs):
@@ -98,14 +76,7 @@ def run_stage(stage: Stage, number: str, markers: Path) -> float:
 
 
 def run_stages(stages: Sequence[Stage], output_dir: Path) -> dict[str, float]:
-    """Runs stages in order; markers of the complete ones are in `output_dir/stages`.
-
-    Returns:
-        `dict[str, float]`: seconds of each stage, now or when it ran.
-
-    Raises:
-        SystemExit: If a command fails, with its exit status.
-    """
+    """Runs stages in order, and returns the seconds of each, now or when it ran; one that fails ends the process."""
     markers = output_dir / "stages"
     markers.mkdir(parents=True, exist_ok=True)
     seconds = {stage.name: run_stage(stage, f"{i}/{len(stages)}", markers) for i, stage in enumerate(stages, start=1)}
@@ -132,20 +103,11 @@ def has_bf16_instructions() -> bool:
 
 @dataclass(frozen=True)
 class Project:
-    """The stages of a folder: models in `<name>/`, questions in `data/<name>.jsonl`.
-
-    Args:
-        output_dir (`Path`):
-            The folder.
-        bf16 (`bool`):
-            Whether to compute in bfloat16.
-        accelerate (`str`, *optional*, defaults to `"cpu"`):
-            A file of `recipes/accelerate_configs`.
-    """
+    """The stages of a folder: models in `<name>/`, questions in `data/<name>.jsonl`."""
 
     output_dir: Path
-    bf16: bool
-    accelerate: str = "cpu"
+    bf16: bool  # whether to compute in bfloat16
+    accelerate: str = "cpu"  # a file of `recipes/accelerate_configs`
 
     def rows(self, name: str) -> Path:
         return self.output_dir / "data" / f"{name}.jsonl"
@@ -243,5 +205,6 @@ class Project:
 
 
 def code_of(package: ModuleType) -> list[Path]:
-    """The source files of a package."""
-    return sorted(Path(package.__file__).parent.rglob("*.py"))
+    """The source files of a package, with the tables beside them."""
+    files = Path(package.__file__).parent.rglob("*.*")
+    return sorted(path for path in files if path.suffix in (".py", ".yaml", ".html", ".css", ".md"))

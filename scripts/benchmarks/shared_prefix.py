@@ -63,16 +63,7 @@ def make_model(device: str, max_length: int) -> Qwen3ForCausalLM:
 
 
 class Step:
-    """A trainer of one of `WAYS` and rollouts of one prompt.
-
-    Args:
-        way (`str`):
-            One of `WAYS`.
-        device (`str`):
-            `"cuda"` or `"cpu"`.
-        prompt_length (`int`), completion_length (`int`), evidence_length (`int`), num_rows (`int`):
-            P, C, the tokens of the teacher's own prompt, and how many completions.
-    """
+    """A trainer of one of `WAYS` and rollouts of one prompt; `evidence_length` tokens are the teacher's own prompt."""
 
     def __init__(self, way, device, prompt_length, completion_length, evidence_length, num_rows):
         self.device = device
