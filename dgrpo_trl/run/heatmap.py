@@ -1,6 +1,6 @@
 """What people look at while a run trains: the tail of long prompts, and which tokens the teacher disagreed with."""
 
-import html
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -22,9 +23,7 @@ _ELLIPSIS = "[...] "
 _MAX_TOKENS_PER_CHARACTER = 8
 # The color scale ends here, in nats, unless a completion goes beyond
 _FULL_COLOR_NATS = 2.0
-_MAX_OPACITY = 0.75  # as in `heatmap.css`; more would make the text hard to read
-
-_STYLE = resources.files(__package__).joinpath("heatmap.css").read_text(encoding="utf-8")
+_MAX_OPACITY = 0.75  # as in `heatmap.html`; more would make the text hard to read
 
 
 def tail(prompt: str | list[dict]) -> str | list[dict]:
@@ -84,32 +83,22 @@ def render_heatmap(trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str)
     spans, start = [], 0
     for text, count in decode_pieces(trace.completion_ids, decode):
         places = range(start, start + count)
-        worst = max(trace.divergences[i] for i in places)
         notes = "; ".join(
             f"token {i + 1}: divergence {trace.divergences[i]:.3f} nats, student's log-probability "
             f"{trace.logps[i]:.3f}, teacher's entropy {trace.teacher_entropies[i]:.3f}"
             for i in places
         )
-        opacity = _MAX_OPACITY * max(0.0, worst) / scale
-        shown = html.escape(text).replace("\n", "&#8629;\n")
-        spans.append(
-            f'<span style="background: rgba(214, 39, 40, {opacity:.3f})" title="{html.escape(notes)}">{shown}</span>'
-        )
+        opacity = _MAX_OPACITY * max(0.0, *(trace.divergences[i] for i in places)) / scale
+        spans.append((text, f"{opacity:.3f}", notes))
         start += count
-    facts = {
-        "mean divergence": f"{trace.mean_divergence:.3f} nats per token",
-        "tokens": str(len(trace.completion_ids)),
-        "advantage": f"{trace.advantage:.3f}",
-        "colors": f'0 <span class="legend"></span> {scale:.1f} nats',
-    }
-    rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
-    prompt = html.escape(str(tail(decode(trace.prompt_ids))))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><dl>{rows}</dl>"
-        f"<h2>End of the prompt</h2><pre>{prompt}</pre>"
-        f"<h2>Completion</h2><pre>{''.join(spans)}</pre></html>"
-    )
+    prompt = tail(decode(trace.prompt_ids))
+    return _template().render(title=title, trace=trace, scale=scale, prompt=prompt, spans=spans)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    source = resources.files(__package__).joinpath("heatmap.html").read_text(encoding="utf-8")
+    return jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_heatmap(folder: Path, step: int, page: str) -> Path:
@@ -117,14 +106,8 @@ def write_heatmap(folder: Path, step: int, page: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.html"
     path.write_text(page, encoding="utf-8")
-    links = "".join(
-        f'<li><a href="{file.name}">step {int(file.stem.removeprefix("step_"))}</a></li>'
-        for file in sorted(folder.glob("step_*.html"))
-    )
-    index = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Heat maps</title>'
-        f"<style>{_STYLE}</style><h1>Where the teacher disagreed</h1><ul>{links}</ul></html>"
-    )
+    steps = {file.name: int(file.stem.removeprefix("step_")) for file in sorted(folder.glob("step_*.html"))}
+    index = _template().render(title="Where the teacher disagreed", steps=steps)
     (folder / "index.html").write_text(index, encoding="utf-8")
     return path
 

@@ -1,28 +1,12 @@
 """Colors of the page, cells of tables, and tables as Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...files import read_table
 
-# Name of a CSS variable -> its color in light and in dark mode. `s0` to `s7` are those of the series of a figure
-COLORS: Mapping[str, tuple[str, str]] = {
-    "page": ("#ffffff", "#0d1117"),
-    "text": ("#1f2328", "#e6edf3"),
-    "muted": ("#59636e", "#9ba5b1"),
-    "line": ("#d1d9e0", "#30363d"),
-    "panel": ("#f6f8fa", "#161b22"),
-    "heat": ("#62a1f2", "#215fae"),
-    "better": ("#116329", "#56d364"),
-    "worse": ("#a40e26", "#ff8b82"),
-    "s0": ("#2a78d6", "#58a6ff"),
-    "s1": ("#d9480f", "#ff9150"),
-    "s2": ("#12875c", "#3fc38c"),
-    "s3": ("#8250df", "#bc96ff"),
-    "s4": ("#a87400", "#dfae30"),
-    "s5": ("#c2255c", "#f77fae"),
-    "s6": ("#0b7285", "#46c3d6"),
-    "s7": ("#5f5e5a", "#a9a8a0"),
-}
+
+COLORS: dict[str, list[str]] = read_table(__package__, "colors.yaml")
 
 
 class TableCell(NamedTuple):

@@ -6,7 +6,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...extras import import_extra
+import jinja2
+import markupsafe
+
 from ...files import write_text
 from ..results import MIN_SAMPLES
 from .figures import NUM_COLORS, interval_figure, line_figure, sign
@@ -72,7 +74,6 @@ def to_markdown(comparison: Entry, title: str, command: str = "") -> str:
 
 def to_html(comparison: Entry, title: str, command: str = "") -> str:
     """The page: summary, notes, tables, figures, heat maps, curves of training, settings of the runs."""
-    jinja2 = import_extra("jinja2", "The page", "demo")
     source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     training = comparison.get("training") or {}
@@ -94,7 +95,7 @@ def to_html(comparison: Entry, title: str, command: str = "") -> str:
         summary=_summary(comparison) if comparison.get("scores") else "",
         tables={name: {"caption": c, "header": header, "rows": rows} for name, c, header, rows in _tables(comparison)},
         heat_maps=_heat_maps(comparison) if comparison.get("scores") else {},
-        figures={name: jinja2.utils.markupsafe.Markup("".join(found)) for name, found in figures.items()},
+        figures={name: markupsafe.Markup("".join(found)) for name, found in figures.items()},
     )
 
 

@@ -117,7 +117,7 @@ class Deduplicator:
         """Position, id and, where it leaves, the drop of each document of a part; then keeps what was added."""
         for position, record in enumerate(records):
             yield position, record["id"], self.add(record, part)
-        self.commit()
+        self._database.commit()
 
     def _bands(self, values: bytes) -> Iterator[bytes]:
         size = 4 * self.config.rows_per_band
@@ -147,10 +147,6 @@ class Deduplicator:
         """
         self._database.execute("DELETE FROM documents WHERE part >= ?", (part,))
         self._database.execute("DELETE FROM bands WHERE part >= ?", (part,))
-
-    def commit(self) -> None:
-        """Keeps what was added."""
-        self._database.commit()
 
 
 def normalize_question(text: str) -> str:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -80,7 +81,8 @@ async def _run_parts(build: Build, stage: str) -> None:
             )
             return part, (records, drops)
 
-        items = _items(build, part_stage, before, pending)
+        inputs = ((part, part_stage.inputs(build, before, part)) for part in pending)
+        items = ((part, item) for part, of_part in inputs for item in chain(of_part, [None]))  # `None` ends a part
         records: list[dict[str, Any]] = []
         drops: list[Drop] = []
         num_read = 0
@@ -93,16 +95,6 @@ async def _run_parts(build: Build, stage: str) -> None:
                 records += result[0]
                 drops += result[1]
                 num_read += 1
-
-
-def _items(
-    build: Build, part_stage: PartStage, before: str, parts: list[str]
-) -> Iterator[tuple[str, tuple[Any, ...] | None]]:
-    """What the stage works on, item by item, each with its part; `None` ends a part."""
-    for part in parts:
-        for arguments in part_stage.inputs(build, before, part):
-            yield part, arguments
-        yield part, None
 
 
 async def ordered_map(

@@ -27,30 +27,13 @@ from semantic_text_splitter import CodeSplitter, MarkdownSplitter, TextSplitter
 from ...strict_model import StrictModel
 from ...text import HANGUL, UNSPACED
 from ..records import Kind
+from ..sources.files import SUFFIXES
 
 
 Span = tuple[int, int]
 
-# Grammars by the suffix of the file: module, and the function of it that gives the language
-_GRAMMARS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys((".py", ".pyi"), ("tree_sitter_python", "language")),
-    **dict.fromkeys((".js", ".jsx", ".mjs", ".cjs"), ("tree_sitter_javascript", "language")),
-    ".ts": ("tree_sitter_typescript", "language_typescript"),
-    ".tsx": ("tree_sitter_typescript", "language_tsx"),
-    **dict.fromkeys((".c", ".h"), ("tree_sitter_c", "language")),
-    **dict.fromkeys((".cc", ".cpp", ".cxx", ".hh", ".hpp"), ("tree_sitter_cpp", "language")),
-    ".cs": ("tree_sitter_c_sharp", "language"),
-    ".java": ("tree_sitter_java", "language"),
-    **dict.fromkeys((".kt", ".kts"), ("tree_sitter_kotlin", "language")),
-    ".go": ("tree_sitter_go", "language"),
-    ".rs": ("tree_sitter_rust", "language"),
-    ".rb": ("tree_sitter_ruby", "language"),
-    ".php": ("tree_sitter_php", "language_php"),
-    ".scala": ("tree_sitter_scala", "language"),
-    ".hs": ("tree_sitter_haskell", "language"),
-    ".swift": ("tree_sitter_swift", "language"),
-    **dict.fromkeys((".sh", ".bash"), ("tree_sitter_bash", "language")),
-}
+# Module and function of the grammar by the suffix of the file
+_GRAMMARS = {suffix: name.split() for name, suffixes in SUFFIXES["grammars"].items() for suffix in suffixes.split()}
 
 # The splitter's work grows with the square of a stretch that has no border but between words or characters
 _NO_BORDER = r"[^\n.!?。！？؟।]"

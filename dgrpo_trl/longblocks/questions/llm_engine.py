@@ -2,7 +2,7 @@
 
 Each question is one request. It shows some blocks, related ones that lie far apart where the task needs several, and
 asks for a question, its answer, and the blocks that the answer rests on. A reply without one of these, or refused, is
-drawn again; the last draw's reason counts. A new task is a line in `LLM_TASKS`.
+drawn again; the last draw's reason counts. A new task is an entry of `llm_tasks.yaml`.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...files import read_table
 from ...llm import ChatClient, RequestFailed, parse_object, quote
 from ...strict_model import StrictModel
 from ..identification import Identify, other_language
@@ -38,51 +39,7 @@ class LLMTask:
     is_for_code: bool = False  # whether it is asked of code too
 
 
-LLM_TASKS = {
-    "multi_hop": LLMTask(
-        0.3,
-        "Whoever answers must find one fact, which leads to the place of the next, until the last gives the answer. "
-        "No block alone is enough, and the answer is a name, a number or a short phrase.",
-        min_evidence_blocks=2,
-        is_for_code=True,
-    ),
-    "grounding": LLMTask(
-        0.2,
-        "The question asks for one precise fact that only a careful reader of the text knows. The answer is a name, a "
-        "number or a short phrase, in the words of the text.",
-        is_for_code=True,
-    ),
-    "long_form": LLMTask(
-        0.15,
-        "The question asks for an explanation. A good answer takes a paragraph of three to six sentences, each of "
-        "which the text supports.",
-    ),
-    "aggregation": LLMTask(
-        0.15,
-        "The question asks to gather or count several things that stand in different blocks. The answer is a number "
-        "or a complete list.",
-        min_evidence_blocks=2,
-    ),
-    "comparison": LLMTask(
-        0.15,
-        "The question compares two or more things that are told of in different blocks. The answer says which, and in "
-        "half a sentence why.",
-        min_evidence_blocks=2,
-    ),
-    "code": LLMTask(  # instead of those of prose, where the document is code
-        0.0,
-        "The question is about what the code does: what a call returns, which branch is taken, what depends on what. "
-        "The answer can be worked out from the code, and is a value, a name or a short phrase.",
-        is_for_code=True,
-    ),
-    UNANSWERABLE: LLMTask(
-        0.05,
-        "The question looks as if the text answered it: it speaks of people, things or functions of the text. But the "
-        "text does not say the answer, and no one could infer it.",
-        min_evidence_blocks=0,
-        is_for_code=True,
-    ),
-}
+LLM_TASKS = {name: LLMTask(**values) for name, values in read_table(__package__, "llm_tasks.yaml").items()}
 _SCHEMA = {
     "type": "object",
     "properties": {

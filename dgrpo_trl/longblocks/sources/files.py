@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
-from ...files import check_sha256
+from ...files import check_sha256, read_table
 from ..records import Kind
 
 
@@ -38,21 +38,8 @@ _BOMS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_TEXT_SUFFIXES = (".txt", ".text", ".rst", ".tex")
-_MARKDOWN_SUFFIXES = (".md", ".markdown", ".mdx")
-# How a line of comment begins, by the suffix of the file
-_COMMENTS = {
-    **dict.fromkeys(".py .pyi .rb .sh .bash .pl .pm .r .jl .ex .exs .nim".split(), "#"),
-    **dict.fromkeys(
-        ".c .h .cc .cpp .cxx .hpp .hh .cu .cs .java .kt .scala .js .jsx .mjs .ts .tsx .go .rs .swift .dart .php .zig "
-        ".groovy .proto".split(),
-        "//",
-    ),
-    **dict.fromkeys(".sql .lua .hs .elm".split(), "--"),
-    **dict.fromkeys(".lisp .el .clj .scm".split(), ";"),
-    ".erl": "%",
-    ".f90": "!",
-}
+SUFFIXES: dict[str, Any] = read_table(__package__, "suffixes.yaml")
+_COMMENTS = {suffix: sign for sign, suffixes in SUFFIXES["comments"].items() for suffix in suffixes.split()}
 
 Stream = io.BufferedIOBase | IO[bytes]
 
@@ -83,9 +70,9 @@ def kind_of(name: str) -> Kind | None:
     suffix = PurePosixPath(path.stem).suffix if path.suffix in _DECOMPRESSORS else path.suffix
     if suffix in _COMMENTS:
         return "code"
-    if suffix in _MARKDOWN_SUFFIXES:
+    if suffix in SUFFIXES["markdown"].split():
         return "markdown"
-    return "text" if suffix in _TEXT_SUFFIXES else None
+    return "text" if suffix in SUFFIXES["text"].split() else None
 
 
 def comment_prefix(name: str) -> str:

@@ -17,7 +17,6 @@ from .source import LabelledSource
 
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
 
@@ -244,16 +243,13 @@ def _group_rows(
         for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=columns):
             for index in range(batch.num_rows):
                 num_done += 1
-                yield _arrow_row(batch, index)
+                try:
+                    row = batch.slice(index, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:  # Parquet does not check its strings
+                    row = BadItem("undecodable", str(error))
+                yield row
     except (OSError, pa.ArrowException) as error:
         yield from repeat(BadItem("unreadable", str(error)), num_rows - num_done)
-
-
-def _arrow_row(batch: "pa.RecordBatch", index: int) -> dict[str, Any] | BadItem:
-    try:
-        return batch.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:  # Parquet does not check its strings
-        return BadItem("undecodable", str(error))
 
 
 def _parse_json(line: bytes) -> dict[str, Any] | BadItem:
