@@ -37,7 +37,7 @@ def question_cells(
     rows = load_questions(args.questions, tokenizer, args.questions_split, args.system_message)
     require_columns(
         rows.column_names,
-        [args.prompt_column, "answer"],
+        [args.prompt_column, "answer", "id"],
         f"`questions` ({args.questions!r})",
         "Prompts are asked and answers compared.",
         "Rename one, or set `prompt_column`.",
@@ -88,7 +88,7 @@ def question_samples(
             correct), `id`, and optionally `task` (default `"questions"`) and `document_sha256` or `document`.
 
     Raises:
-        ValueError: If there are no lengths, no row is left, a row lacks a column, or the tokenizer has no chat
+        ValueError: If there are no lengths, no row is left, or the tokenizer has no chat
             template.
     """
     if not lengths:
@@ -98,7 +98,6 @@ def question_samples(
     num_of_id: Counter[str] = Counter()
     cells: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     for row in rows:
-        _check_row(row, prompt_column)
         num_of_id[row["id"]] += 1  # in the published set, the questions of one document have one id
         answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"] or ())
         references = tuple(answer for answer in answers if answer and normalize_answer(answer))
@@ -135,15 +134,6 @@ def question_samples(
         for cell, samples in cells.items():
             cells[cell] = sorted(samples, key=lambda s: hashlib.sha256(s.id.encode()).digest())[:num_samples]
     return {cell: _with_documents(cells[cell]) for cell in sorted(cells)}
-
-
-def _check_row(row: dict[str, Any], prompt_column: str) -> None:
-    missing = [name for name in (prompt_column, "answer", "id") if name not in row]
-    if missing:
-        raise ValueError(
-            f"A row has no {missing}; its columns are {sorted(row)}. A sample needs them. Read the rows with "
-            "`load_longblocks`, or name the column of messages as `prompt_column`."
-        )
 
 
 def _with_documents(samples: list[Sample]) -> list[Sample]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .read.books import BookCache as BookCache
     from .read.conversations import load_conversations as load_conversations
     from .read.mixing import mix_short_and_long as mix_short_and_long
+    from .read.mixing import split_by_id as split_by_id
     from .read.questions import load_longblocks as load_longblocks
-    from .read.splitting import split_by_id as split_by_id
     from .sources.corpora import CORPORA as CORPORA
 
 _MODULES = {
@@ -34,7 +34,7 @@ _MODULES = {
     "load_longblocks": "read.questions",
     "mix_short_and_long": "read.mixing",
     "split_blocks": "questions.blocks",
-    "split_by_id": "read.splitting",
+    "split_by_id": "read.mixing",
 }
 
 

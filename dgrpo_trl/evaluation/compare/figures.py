@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...extras import import_extra
-from .markup import COLORS
+from ...files import read_table
 
 
 matplotlib = import_extra("matplotlib", "The comparison", "demo")
 Figure = import_extra("matplotlib.figure", "The comparison", "demo").Figure
+
+# Name of a CSS variable of the page -> its color in light and in dark mode
+COLORS: dict[str, list[str]] = read_table(__package__, "colors.yaml")
 
 # From the name of a series to its points `(x, y, low, high)`, by x; `low` and `high` may be `None`
 Series = Mapping[str, Sequence[Sequence[float | None]]]

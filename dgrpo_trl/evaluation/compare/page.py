@@ -4,30 +4,29 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
 
 from ...files import write_text
 from ..results import MIN_SAMPLES
-from .figures import NUM_COLORS, interval_figure, line_figure, sign
-from .markup import COLORS, TableCell, markdown_table
+from .figures import COLORS, NUM_COLORS, interval_figure, line_figure, sign
+from .training import TRAINING_METRICS
+
+
+class TableCell(NamedTuple):
+    """A cell of a table that is more than a text."""
+
+    text: str
+    note: str = ""  # follows in brackets or in small print, such as an interval
+    kind: str = ""  # `"better"` or `"worse"`: emphasized
+    share: float | None = None  # in [0, 1]: how strong its background color is
 
 
 Entry = Mapping[str, Any]
 Text = str | TableCell
 Rows = list[list[Text]]
-
-_METRICS = {
-    "accuracy": "Score of checkpoints",
-    "reward": "Mean reward",
-    "eval_reward": "Mean reward on held-out prompts",
-    "distill/divergence": "KL(student || teacher), nats per token",
-    "loss": "Loss (of each method its own)",
-    "distill/grpo_loss": "GRPO part of the loss",
-    "distill/loss": "Teacher part of the loss",
-}
 
 _READING = (
     "Scores are in percent; a score over several cells (task and length) is the mean over their samples. Each figure "
@@ -72,6 +71,20 @@ def to_markdown(comparison: Entry, title: str, command: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str | TableCell]]) -> str:
+    """A table in Markdown; bars in its cells are escaped."""
+    lines = [[_markdown_cell(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(cell: str | TableCell) -> str:
+    if isinstance(cell, str):
+        return cell
+    text = f"**{cell.text}**" if cell.kind else cell.text
+    return f"{text} ({cell.note})" if cell.note else text
+
+
 def to_html(comparison: Entry, title: str, command: str = "") -> str:
     """The page: summary, notes, tables, figures, heat maps, curves of training, settings of the runs."""
     source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
@@ -81,7 +94,7 @@ def to_html(comparison: Entry, title: str, command: str = "") -> str:
     order = list(dict.fromkeys([*comparison.get("groups", {}), *trained]))
     figures = {
         "training": [
-            line_figure(_METRICS[m], found["curves"], order, "optimizer step", _METRICS[m])
+            line_figure(TRAINING_METRICS[m][0], found["curves"], order, "optimizer step", TRAINING_METRICS[m][0])
             for m, found in training.items()
         ]
     }
@@ -192,7 +205,7 @@ def _tables(comparison: Entry) -> list[tuple[str, str, list[str], Rows]]:
         tables.append(("harness", caption, *_harness_table(comparison)))
     for metric, found in (comparison.get("training") or {}).items():
         if "reached" in found:
-            tables.append((_training_id(metric), f"{_METRICS[metric]}: by step", *_training_table(found)))
+            tables.append((_training_id(metric), f"{TRAINING_METRICS[metric][0]}: by step", *_training_table(found)))
     return tables
 
 

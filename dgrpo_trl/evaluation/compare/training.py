@@ -10,15 +10,15 @@ from ..results import mean_score, read_run
 from .statistics import over_seeds, round_figure
 
 
-# Metric of training -> whether it should rise: then areas and steps to a value are computed
+# Metric of training -> what the page calls it, and whether it should rise: then areas and steps to a value are counted
 TRAINING_METRICS = {
-    "accuracy": True,
-    "reward": True,
-    "eval_reward": True,
-    "distill/divergence": False,
-    "loss": False,
-    "distill/grpo_loss": False,
-    "distill/loss": False,
+    "accuracy": ("Score of checkpoints", True),
+    "reward": ("Mean reward", True),
+    "eval_reward": ("Mean reward on held-out prompts", True),
+    "distill/divergence": ("KL(student || teacher), nats per token", False),
+    "loss": ("Loss (of each method its own)", False),
+    "distill/grpo_loss": ("GRPO part of the loss", False),
+    "distill/loss": ("Teacher part of the loss", False),
 }
 Points = Sequence[tuple[int, float]]
 
@@ -112,7 +112,7 @@ def compare_training(logs: Mapping[str, Sequence[str | Path]], reach: Sequence[f
     """
     trainings = {name: [read_training(folder) for folder in folders] for name, folders in logs.items()}
     result = {}
-    for metric, rises in TRAINING_METRICS.items():
+    for metric, (_, rises) in TRAINING_METRICS.items():
         lines = {
             name: [_smooth(curves[metric], metric) for curves in members]
             for name, members in trainings.items()

@@ -242,11 +242,7 @@ class Verifier:
         return None
 
     async def _ask(self, client: ChatClient | None, prompt: str, sample: int) -> str:
-        if client is None:
-            raise ValueError(
-                "A check asks a model, and `answerer` or `judge` is not given. The configuration names both. Give the "
-                "client of each."
-            )
+        assert client is not None  # the configuration names one where a check asks it
         messages = [{"role": "user", "content": prompt}]
         return (await client.complete(messages, max_tokens=self.config.max_tokens, sample=sample)).text
 

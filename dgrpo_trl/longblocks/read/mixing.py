@@ -1,4 +1,4 @@
-"""Short rows mixed into long ones, in exact proportion."""
+"""Short rows mixed into long ones, in exact proportion; and splits that hold on every machine."""
 
 import bisect
 import itertools
@@ -9,8 +9,9 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
 
+from ...text import hash_share
 from .rows import check_columns
 
 
@@ -135,3 +136,37 @@ def _mixed_rows(
                 logger.warning(f"The mixture ends after {position:,} of {num_rows:,} rows: `{side}` has no more.")
             return
         yield {name: row.get(name) for name in columns}
+
+
+def split_by_id(
+    dataset: Dataset | IterableDataset, test_share: float, seed: int = 0, column: str = "id"
+) -> DatasetDict | IterableDatasetDict:
+    """Splits by a hash: a row falls on the same side on every machine, whatever other rows there are.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows.
+        test_share (`float`), seed (`int`, *optional*, defaults to `0`):
+            Expected share of `"test"`, between 0 and 1; another seed gives another split.
+        column (`str`, *optional*, defaults to `"id"`):
+            Column to hash. With `"document_sha256"`, no document has questions on both sides.
+
+    Raises:
+        ValueError: If the share is not between 0 and 1.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"`test_share` is {test_share}. Both sides are to have rows. Choose between 0 and 1.")
+
+    def is_test(value: Any) -> bool:
+        return hash_share(str(value), seed) < test_share
+
+    if isinstance(dataset, IterableDataset):
+        sides = {
+            "train": dataset.filter(lambda row: not is_test(row[column])),
+            "test": dataset.filter(lambda row: is_test(row[column])),
+        }
+        return IterableDatasetDict(sides)
+    sides = {"train": [], "test": []}
+    for index, value in enumerate(dataset[column]):
+        sides["test" if is_test(value) else "train"].append(index)
+    return DatasetDict({name: dataset.select(indices) for name, indices in sides.items()})
