@@ -45,8 +45,6 @@ def test_rows_that_cannot_be_used_are_counted(tokenizer, caplog):
         question_samples(rows[1:2], [256], tokenizer)
     with pytest.raises(ValueError, match="`lengths` is empty"):
         question_samples(rows, [], tokenizer)
-    with pytest.raises(ValueError, match=r"has no \['answer'\]"):
-        question_samples([{"id": "a", "prompt": []}], [256], tokenizer)
 
 
 def test_questions_of_one_document_stand_together_and_share_it(tokenizer):

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgrpo_trl.longblocks.builder.cleaning import CleaningConfig
 from dgrpo_trl.longblocks.questions import blocks as blocks_module
 from dgrpo_trl.longblocks.questions.blocks import Block, BlocksConfig, link_blocks, split_blocks
+from dgrpo_trl.longblocks.questions.llm_engine import LLMEngineConfig
+from dgrpo_trl.longblocks.questions.rule_engine import RuleEngineConfig
 
 
 SMALL = BlocksConfig(min_block_chars=30, max_block_chars=80)
@@ -151,6 +154,18 @@ def test_many_blocks_are_linked_in_time():
     assert time.perf_counter() - started < 30 and all(len(link) <= 4 for link in links)
 
 
-def test_sizes_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="`min_block_chars` is 100 and `max_block_chars` 50"):
-        BlocksConfig(min_block_chars=100, max_block_chars=50)
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (BlocksConfig, {"min_block_chars": 100, "max_block_chars": 50}),
+        (CleaningConfig, {"min_tokens": 9, "max_tokens": 8}),
+        (RuleEngineConfig, {"engine": "rule", "min_hops": 4, "max_hops": 3}),
+        (RuleEngineConfig, {"engine": "rule", "min_gaps": 4, "max_gaps": 3}),
+        (LLMEngineConfig, {"engine": "llm", "server": "s", "min_blocks": 4, "max_blocks": 3}),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused_in_every_section(section, values):
+    *_, (least, low), (most, high) = values.items()
+    with pytest.raises(ValueError, match=f"`{least}` is {low} and `{most}` {high}"):
+        section(**values)
+    section(**{**values, least: high})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ...extras import import_extra
 from ...strict_model import StrictModel
@@ -76,15 +76,6 @@ class CleaningConfig(StrictModel):
     )
     min_letter_share: float = Field(0.5, ge=0, le=1, description="Least share of letters in what is no white space.")
     max_repeated_line_share: float = Field(0.3, ge=0, le=1, description="Largest share of one line, from 10 lines on.")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "CleaningConfig":
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise ValueError(
-                f"`min_tokens` is {self.min_tokens} and `max_tokens` {self.max_tokens}. No document is both. Lower "
-                "the first or raise the second."
-            )
-        return self
 
 
 # Why a document is rejected: a reason, and what a person may want to know besides

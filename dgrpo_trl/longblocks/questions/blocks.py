@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import PurePosixPath
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from semantic_text_splitter import CodeSplitter, MarkdownSplitter, TextSplitter
 
 from ...strict_model import StrictModel
@@ -73,15 +73,6 @@ class BlocksConfig(StrictModel):
     links_per_block: int = Field(default=4, ge=0, description="Largest number of related blocks kept for a block.")
     min_link_distance: int = Field(3, ge=1, description="Least distance of related blocks, in blocks; 1: neighbors.")
     min_shared_terms: int = Field(2, ge=1, description="Least number of rare terms that related blocks share.")
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> "BlocksConfig":
-        if self.min_block_chars > self.max_block_chars:
-            raise ValueError(
-                f"`min_block_chars` is {self.min_block_chars} and `max_block_chars` {self.max_block_chars}. No block "
-                "can be both. Lower the first or raise the second."
-            )
-        return self
 
 
 def split_blocks(

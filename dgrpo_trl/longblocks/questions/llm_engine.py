@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ...files import read_table
 from ...llm import ChatClient, RequestFailed, parse_object, quote
@@ -81,14 +81,6 @@ class LLMEngineConfig(StrictModel):
     @classmethod
     def _check_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
         return checked_weights(tasks, LLM_TASKS)
-
-    @model_validator(mode="after")
-    def _check_blocks(self) -> "LLMEngineConfig":
-        if self.min_blocks > self.max_blocks:
-            raise ValueError(
-                f"`min_blocks` is {self.min_blocks}, more than `max_blocks`, {self.max_blocks}. Swap them."
-            )
-        return self
 
 
 class LLMEngine:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ...strict_model import StrictModel
 from ..records import UNANSWERABLE, Document, Drop, Evidence, Row
@@ -96,17 +96,6 @@ class RuleEngineConfig(StrictModel):
     @classmethod
     def _check_tasks(cls, tasks: dict[str, float]) -> dict[str, float]:
         return checked_weights(tasks, TASKS)
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> "RuleEngineConfig":
-        for name in ("hops", "gaps"):
-            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if least > most:
-                raise ValueError(
-                    f"`min_{name}` is {least} and `max_{name}` {most}. No number is both. Lower the first or raise "
-                    "the second."
-                )
-        return self
 
 
 @dataclass(frozen=True)
