@@ -95,9 +95,9 @@ def test_korean_is_compared_by_words(tmp_path):
 
 def test_what_an_unfinished_part_added_can_be_forgotten(tmp_path):
     with Deduplicator(tmp_path / "d.sqlite", CONFIG) as deduplicator:
-        assert deduplicator.add(record("a", make_text(1)), "part-1") is None
-        assert deduplicator.add(record("b", make_text(2)), "part-2") is None
-        deduplicator.commit()
+        for name, seed in (("a", 1), ("b", 2)):
+            decisions = deduplicator.decisions([record(name, make_text(seed))], f"part-{seed}")
+            assert [drop for *_, drop in decisions] == [None]
     with Deduplicator(tmp_path / "d.sqlite", CONFIG) as deduplicator:
         deduplicator.forget_from("part-2")
         assert deduplicator.add(record("b", make_text(2)), "part-2") is None
