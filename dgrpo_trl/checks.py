@@ -101,6 +101,7 @@ def run_findings(
         warnings += answers.warnings
     if "train_dataset" in datasets:
         problems += batch_problems(args, datasets["train_dataset"], num_processes)
+    problems += schedule_problems(args, args.max_steps if args.max_steps > 0 else None)
     other_teacher = None if models.teacher is models.student else models.teacher
     for name, config in (("the student", models.student), ("the teacher", other_teacher)):
         if config is not None and args.shared_prefix == "on":
@@ -228,6 +229,31 @@ def batch_problems(args: DGRPOConfig, dataset: Dataset | IterableDataset, num_pr
         "made. Give more rows, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
         "`steps_per_generation`."
     ]
+
+
+def missing_reward_problems(args: DGRPOConfig, has_rewards: bool) -> list[str]:
+    """A problem for each option that needs rewards in a run that has none."""
+    needed = {"reward_start": args.reward_start is not None, "distill_gate": args.distill_gate != "all"}
+    if has_rewards:
+        return []
+    return [
+        f"`{name}` is set, but the run has no reward. It learns from the teacher alone, all the time. Give "
+        "`reward_funcs`, or leave it out."
+        for name, is_set in needed.items()
+        if is_set
+    ]
+
+
+def schedule_problems(args: DGRPOConfig, num_steps: int | None) -> list[str]:
+    """What cannot be right of the schedule in a run of `num_steps`, where that is known."""
+    schedule = args.get_schedule()
+    problems = [] if num_steps is None else schedule.problems(num_steps)
+    if schedule.reads_logs and schedule.metric.startswith("eval_") and args.eval_strategy == "no":
+        problems.append(
+            f"The schedule waits for {schedule.metric!r} to stop rising, but `eval_strategy` is 'no', so it is never "
+            "measured. Set `eval_strategy: steps`, or name a metric of training such as 'reward'."
+        )
+    return problems
 
 
 # --- Lengths

@@ -12,10 +12,12 @@ from trl import GRPOConfig, ScriptArguments, SFTConfig
 
 from .gpus import GPUS
 from .losses import DIVERGENCES
+from .schedule import SCHEDULES, Schedule, read_schedule
 from .shared_prefix import BACKEND_CHOICES, check_backend
 
 
 SHARED_PREFIX_MODES = ("auto", "on", "off")
+GATES = ("all", "below_reward", "no_variance")
 
 
 @dataclass
@@ -32,7 +34,7 @@ class DGRPOConfig(GRPOConfig):
     fails.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "distill_scheduler_kwargs"]
 
     # Parameters that control the teacher model
     teacher_model_name_or_path: str | None = field(
@@ -91,6 +93,50 @@ class DGRPOConfig(GRPOConfig):
     distill_jsd_mixture: float = field(
         default=0.5,
         metadata={"help": "Weight of the teacher in the mixture of 'jsd', strictly between 0 and 1."},
+    )
+    distill_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "help": "How the weight of the teacher term changes: 'constant', the paper's; 'linear' and 'cosine' "
+            "anneal it; 'switch' ends it at a point of the run, and 'plateau' when a metric no longer rises. Once it "
+            "is 0 for good, the teacher is not run, and its memory is freed.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    distill_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the scheduler. All: `final_coef` (0). 'linear', 'cosine': `start` (0), `end` (1.0). "
+            "'switch': `at`. These are optimizer steps if integers, shares of the run if written with a decimal "
+            "point. 'plateau': `metric` ('reward'), which has not risen by `min_delta` (0.01) for `patience` (3) "
+            "windows of `logging_steps`, or evaluations for a name with 'eval_'."
+        },
+    )
+    reward_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "From where the reward term counts: an optimizer step, a share of the run (0.5), or 'switch' for "
+            "that of 'switch' and 'plateau'. Before it advantages are 0. By default it counts from the start."
+        },
+    )
+    distill_gate: str = field(
+        default="all",
+        metadata={
+            "help": "Which rollouts the teacher teaches: 'all', those with a reward below `distill_gate_reward` "
+            "('below_reward'), or those of groups whose rewards are all equal ('no_variance'), from which GRPO learns "
+            "nothing. The others add 0 to the teacher term, whose normalizer stays that of the GRPO term.",
+            "choices": list(GATES),
+        },
+    )
+    distill_gate_reward: float | None = field(
+        default=None, metadata={"help": "Of 'below_reward': rollouts with a total reward below it are taught."}
+    )
+    distill_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest divergence of one token, in nats, that counts; what lies above has no gradient. By "
+            "default none is clipped."
+        },
     )
 
     # Parameters that control the shared prefix
@@ -162,6 +208,21 @@ class DGRPOConfig(GRPOConfig):
                 f"`distill_jsd_mixture` must lie strictly between 0 and 1, got {self.distill_jsd_mixture}. At 0 and 1 "
                 "the divergence vanishes: set `distill_divergence` to 'reverse_kl' or 'forward_kl' instead."
             )
+        self.get_schedule()  # raises if it is none
+        if self.distill_gate not in GATES:
+            raise ValueError(
+                f"`distill_gate` is {self.distill_gate!r}, which is not known. Choose one of {', '.join(GATES)}."
+            )
+        if (self.distill_gate == "below_reward") != (self.distill_gate_reward is not None):
+            raise ValueError(
+                f"`distill_gate` is {self.distill_gate!r} and `distill_gate_reward` {self.distill_gate_reward}. "
+                "'below_reward' needs the reward below which a rollout is taught, and nothing else takes one."
+            )
+        if self.distill_clip is not None and not (math.isfinite(self.distill_clip) and self.distill_clip > 0):
+            raise ValueError(
+                f"`distill_clip` must be a finite number of nats > 0, got {self.distill_clip}. Leave it out to clip "
+                "nothing."
+            )
         if self.shared_prefix not in SHARED_PREFIX_MODES:
             raise ValueError(
                 f"`shared_prefix` is {self.shared_prefix!r}, which is not known. Choose one of "
@@ -187,6 +248,12 @@ class DGRPOConfig(GRPOConfig):
                 "`log_heatmaps` is set, but `distill_coef` is 0, so there is no teacher to disagree. Set "
                 "`log_heatmaps: false`, or give a teacher."
             )
+
+    def get_schedule(self) -> Schedule:
+        """The weights of the loss's terms over the run."""
+        return read_schedule(
+            self.distill_coef, self.distill_scheduler_type, self.distill_scheduler_kwargs, self.reward_start
+        )
 
 
 # --- The commands

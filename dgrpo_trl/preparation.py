@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .checks import image_problems, run_findings
+from .checks import image_problems, missing_reward_problems, raise_problems, run_findings
 from .config import DGRPOConfig
 from .models import read_models, refuse_adapter
 from .row_checks import named_datasets
@@ -83,6 +83,7 @@ def prepare(
             "No reward source provided. Pass `reward_funcs`, or an `environment_factory` whose environment defines a "
             "`get_reward` method; or a teacher, `teacher_model` with `distill_coef > 0`, to learn from it alone."
         )
+    raise_problems(missing_reward_problems(args, bool(reward_funcs or environment_factory)))
     datasets = named_datasets(train_dataset, eval_dataset)
     if processing_class is None:
         processing_class = _load_processing_class(model, args)

@@ -118,6 +118,30 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(weight, bias, *logit_transform(model.config.get_text_config()))
 
 
+@dataclass
+class StudentForward:
+    """What the student's forward of one loss is given, and what it returns, beside TRL's own tensors.
+
+    TRL's `_compute_loss` runs that forward itself, by `_get_per_token_logps_and_entropies`: it names all arguments,
+    and keeps of the results what its own loss needs. So the teacher's side gets in, and the divergences get out, by an
+    attribute of the trainer that holds this for the time of one loss.
+    """
+
+    distillation: Distillation | None
+    output: CompletionOutput | None = None
+
+    @property
+    def tokens(self) -> DistilledTokens:
+        """The output, of a forward with a teacher.
+
+        Raises:
+            RuntimeError: If there was no forward: TRL has changed.
+        """
+        if self.output is None:
+            raise RuntimeError("TRL's `_compute_loss` has not called `_get_per_token_logps_and_entropies`.")
+        return self.output.distilled
+
+
 def add_completion_scoring(model: PreTrainedModel, temperature: float = 1.0, fp32_projection: bool = False) -> None:
     """Gives `model` a forward that also accepts `completion_scoring`; without it, the forward is the one it had.
 

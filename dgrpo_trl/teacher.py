@@ -146,16 +146,16 @@ class HostWeights:
         self._copies: dict[tuple[int, bool], Tensor] = {}
 
     def to_device(self) -> None:
-        for _, tensor in self._tensors():
+        for _, tensor in self.tensors():
             tensor.data = tensor.data.to(self.device, non_blocking=True)
 
     def to_host(self) -> None:
-        for key, tensor in self._tensors():
+        for key, tensor in self.tensors():
             if key not in self._copies:
                 self._copies[key] = host_copy(tensor.data)
             tensor.data = self._copies[key]
 
-    def _tensors(self) -> Iterator[tuple[tuple[int, bool], Tensor]]:
+    def tensors(self) -> Iterator[tuple[tuple[int, bool], Tensor]]:
         for i, parameter in enumerate(self.parameters):
             shard = getattr(parameter, "ds_tensor", None)
             if shard is not None:
@@ -245,6 +245,17 @@ class Teacher:
             yield
         finally:
             self._host_weights.to_host()
+
+    def release(self) -> None:
+        """Frees the weights of a teacher that is no longer needed."""
+        if self.is_base:
+            return
+        model, self._host_weights = self.model, None
+        self.accelerator._models = [prepared for prepared in self.accelerator._models if prepared is not model]
+        if self.accelerator.distributed_type != DistributedType.FSDP:  # there, nothing else refers to it
+            for _, tensor in HostWeights(list(model.parameters()), self.accelerator.device).tensors():
+                tensor.data = tensor.data.new_empty(0)
+        del self.model
 
     def _movable(self) -> dict[str, nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)

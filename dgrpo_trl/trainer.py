@@ -1,12 +1,10 @@
 """`DGRPOTrainer`: TRL's `GRPOTrainer` with a teacher."""
 
-import functools
 import math
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +16,23 @@ from trl import GRPOTrainer
 
 from .checks import placement_problems, raise_problems, sharing_problems
 from .config import DGRPOConfig
-from .losses import Distillation
 from .models import BASE_TEACHER
 from .preparation import AnyDataset, AnyDatasets, ProcessingClass, no_reward, prepare
 from .prompts import CheckedPrompts
-from .rewards.guard import guarded
+from .rewards.guard import GuardedRewards
 from .rollouts import Rollouts, confirm, score
 from .run.card import add_recipe_and_metrics
 from .run.checkpoints import CompleteCheckpoints
 from .run.heatmap import Inspector
-from .run.metrics import AccumulationWindow, distillation_values
+from .run.metrics import AccumulationWindow
 from .run.nonfinite import NonFiniteGuard
-from .run.vllm_server import generate_through_outages, report_losses
-from .scoring import CompletionOutput, DistilledTokens, add_completion_scoring, load_balancing_loss
+from .run.vllm_server import ServerOutages, report_losses
+from .schedule import terms_at
+from .scoring import DistilledTokens, StudentForward, add_completion_scoring, load_balancing_loss
 from .shared_prefix import PrefixSharing, num_regrouped, regroup, share_prefill
 from .teacher import Teacher, load_teacher
 from .teacher_term import TeacherTerm, loss_mask
-from .trl_compat import base_model, disable_gradient_checkpointing, forget_loaded_weights
+from .trl_compat import base_model, disable_gradient_checkpointing
 
 
 if TYPE_CHECKING:
@@ -44,31 +42,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-@dataclass
-class _StudentForward:
-    """What the student's forward of one loss is given, and what it returns, beside TRL's own tensors.
-
-    TRL's `_compute_loss` runs that forward itself, by `_get_per_token_logps_and_entropies`: it names all arguments,
-    and keeps of the results what its own loss needs. So the teacher's side gets in, and the divergences get out, by an
-    attribute of the trainer that holds this for the time of one loss.
-    """
-
-    distillation: Distillation | None
-    output: CompletionOutput | None = None
-
-    @property
-    def tokens(self) -> DistilledTokens:
-        """The output, of a forward with a teacher.
-
-        Raises:
-            RuntimeError: If there was no forward: TRL has changed.
-        """
-        if self.output is None:
-            raise RuntimeError("TRL's `_compute_loss` has not called `_get_per_token_logps_and_entropies`.")
-        return self.output.distilled
-
-
-class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
+class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOutages, GRPOTrainer):
     """
     Trainer for dGRPO (arXiv 2605.12227): GRPO on the student's own rollouts, plus the exact divergence to a teacher at
     every token of theirs, in one loss.
@@ -175,7 +149,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
             environment_factory,
             teacher_model,
         )
-        self._distills = run.teacher is not None
+        self._has_teacher = self._distills = run.teacher is not None  # until a schedule ends it
         self._positions = run.positions
         super().__init__(
             model=model,
@@ -200,9 +174,12 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
                 del values[0]
             self.reward_weights = self.reward_weights[1:]
         self.distill_coef = self.args.distill_coef
-        self._student_forward: _StudentForward | None = None
+        self._student_forward: StudentForward | None = None
         self._scores_twice = False
         self._has_new_rollouts = False
+        self._schedule = self.args.get_schedule()
+        self._scheduled_step: int | None = None
+        self._rewards_count = True
         self._watch_the_run()
         self._prepare_student()
         self.teacher_model: nn.Module | None = None
@@ -279,18 +256,6 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         if self._distills and self.args.teacher_prompt_column is not None:
             self._signature_columns = [*self._signature_columns, self.args.teacher_prompt_column]
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
-        generate = functools.partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
-        if not (self.use_vllm and self.vllm_mode == "server"):
-            return generate()
-        return generate_through_outages(
-            generate,
-            getattr(self.vllm_generation, "vllm_client", None),  # of the main process alone
-            self.accelerator,
-            self.args.vllm_server_timeout,
-            functools.partial(forget_loaded_weights, self),
-        )
-
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
         with self._without_checkpoints():  # before anything is scored
@@ -299,16 +264,6 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
 
     def _without_checkpoints(self) -> AbstractContextManager[None]:
         return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-
-    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
-        reward_funcs = self.reward_funcs
-        self.reward_funcs = [
-            guarded(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
-        ]
-        try:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        finally:
-            self.reward_funcs = reward_funcs
 
     def _prepare_inputs(self, generation_batch: list | dict) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
@@ -335,6 +290,10 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         self.inspector.begin(num_rows, is_training)
         rollouts["row_index"] = torch.arange(num_rows, device=rollouts["completion_ids"].device)
         start = _synchronized_clock()
+        if self.args.distill_gate != "all":
+            num_generations = self.num_generations if is_training else self.num_generations_eval
+            gate = self._teacher_term.gate(self._rewards_per_func, self.reward_weights, num_generations)
+            rollouts["distill_gate"] = gate.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         with self._without_checkpoints():
             rollouts["teacher_hidden_states"] = self.teacher.hidden_states(
                 self._teacher_prompt_ids(inputs, rollouts),
@@ -386,7 +345,9 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         return scored.logps, scored.entropies if compute_entropy else None, aux_loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        self._student_forward = forward = _StudentForward(
+        if not self._rewards_count:
+            inputs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
+        self._student_forward = forward = StudentForward(
             self._teacher_term.distillation(inputs, self.teacher.head) if self._distills else None
         )
         try:
@@ -410,11 +371,11 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         if self.model.training:
             self.inspector.observe(inputs, tokens, loss_mask(inputs))
         losses = {"distill/grpo_loss": terms["GRPO"], "distill/loss": terms["teacher"]}
-        values = distillation_values(tokens, loss_mask(inputs))
+        values = self._teacher_term.metrics(inputs, tokens)
         for name, value in self._window.add(values, losses).items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _score_for_teacher(self, model: nn.Module, inputs: dict[str, Any], forward: _StudentForward) -> None:
+    def _score_for_teacher(self, model: nn.Module, inputs: dict[str, Any], forward: StudentForward) -> None:
         """The student's forward for the teacher term alone, where a subclass has log-probabilities of its own."""
         if not self._scores_twice:
             self._scores_twice = True
@@ -430,10 +391,24 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GRPOTrainer):
         finally:
             self._student_forward = None
 
+    def _follow_schedule(self) -> None:
+        """Sets the weights of both terms for the optimizer step that begins, and lets a teacher go that has ended."""
+        self.distill_coef, self._rewards_count = terms_at(self._schedule, self.state)
+        if self._distills and self.distill_coef == 0:
+            logger.info(f"Step {self.state.global_step + 1}: the teacher term has ended, and its memory is freed.")
+            self._distills = False
+            self.teacher.release()
+            self.teacher_model = None
+            self.inspector.begin(0, True)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        if not self._schedule.is_constant and self.state.global_step != self._scheduled_step:
+            self._scheduled_step = self.state.global_step
+            self._follow_schedule()
         output = super().training_step(model, inputs, num_items_in_batch)
-        if self._distills and self._step % self.current_gradient_accumulation_steps == 0:
+        if self._has_teacher and self._step % self.current_gradient_accumulation_steps == 0:
             metrics = self._metrics["train"]
+            metrics["distill/coef"].append(self.distill_coef)
             metrics["distill/teacher_time_share"].append(self._teacher_seconds / metrics["step_time"][-1])
             self._teacher_seconds = 0.0
         return output

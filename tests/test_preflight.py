@@ -198,6 +198,22 @@ def test_sharing_a_prompt_saves_what_it_should(models, tokenizer, tmp_path):
     assert shared.step_seconds["plain"] > shared.step_seconds["shared"] > shared.step_seconds["decode"] > 0
 
 
+def test_the_hours_are_less_where_a_schedule_ends_the_teacher(models, tokenizer, tmp_path):
+    def time(**options):
+        report = dry_run(models, tokenizer, tmp_path, rows(words=1000), max_steps=100, **options)
+        return {name: values for name, values in section(report, "Time").items()}, report
+
+    switch = {"distill_scheduler_type": "switch"}
+    (always, report), (quarter, _) = time(), time(distill_scheduler_kwargs={"at": 0.25}, **switch)
+    assert report.step_seconds and "the teacher ends" not in always
+    assert quarter["the teacher ends"] == "after 25 of 100 steps"
+    never, _ = time(distill_scheduler_type="plateau")
+    assert never["the teacher ends"].startswith("when its metric stops rising")
+    assert never["hours of the run"] == always["hours of the run"]
+    _, late = time(distill_scheduler_kwargs={"at": 200}, **switch)
+    assert any("`at` is step 200 of a run that has 100" in problem for problem in late.problems)
+
+
 def test_what_does_not_fit_is_reported_with_what_to_change(models, tokenizer, tmp_path):
     report = dry_run(models, tokenizer, tmp_path, gpu=Gpu(0.001, 1, 1), engine=Engine("ddp", 2))
     (warning,) = report.warnings

@@ -121,6 +121,7 @@ def test_an_ablation_differs_from_the_method_in_what_it_is_named_after_alone():
         "evidence_teacher_32k": {
             *("short_dataset_name", "short_dataset_split", "short_share", "dataset_name", "teacher_prompt_column"),
         },
+        "scheduled_32k": {"distill_scheduler_type", "distill_scheduler_kwargs", "reward_start"},
         "lora_32k": {"use_peft", "lora_r", "lora_alpha", "lora_target_modules", "learning_rate"},
     }.items():
         values = yaml.safe_load((folder / f"{name}.yaml").read_text())

@@ -13,7 +13,9 @@ import trl
 import dgrpo_trl
 from dgrpo_trl import DGRPOTrainer
 from dgrpo_trl.prompts import CheckedPrompts
+from dgrpo_trl.rewards.guard import GuardedRewards
 from dgrpo_trl.run.checkpoints import CompleteCheckpoints
+from dgrpo_trl.run.vllm_server import ServerOutages
 from dgrpo_trl.trl_compat import ATTRIBUTES, HELPERS, OVERRIDDEN, Hook
 
 
@@ -56,7 +58,7 @@ def test_a_change_is_named():
     assert change(Hook("trl.GRPOTrainer._compute_loss", "inputs", ""), False) is None
 
 
-OWN = (DGRPOTrainer, CheckedPrompts, CompleteCheckpoints)
+OWN = (DGRPOTrainer, CheckedPrompts, CompleteCheckpoints, GuardedRewards, ServerOutages)
 
 
 def own_methods():

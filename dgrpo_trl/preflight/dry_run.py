@@ -12,7 +12,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..chat import num_prompt_tokens, num_row_tokens
-from ..checks import image_problems, packing_warnings, run_findings, supervised_findings
+from ..checks import (
+    image_problems,
+    missing_reward_problems,
+    packing_warnings,
+    run_findings,
+    schedule_problems,
+    supervised_findings,
+)
 from ..config import DGRPOConfig
 from ..gpus import Gpu
 from ..models import Models, read_models
@@ -118,11 +125,14 @@ class Preflight:
         args, models = self.args, self.models
         findings = run_findings(args, models, self.datasets, self.engine.num_processes, reward_funcs=self.reward_funcs)
         images = image_problems(self.datasets) if models.teacher else []
-        self.report.problems += [*images, *findings.problems]
+        rewards = missing_reward_problems(args, bool(self.reward_funcs))
+        self.report.problems += [*images, *rewards, *findings.problems]
         self.report.warnings += findings.warnings
         if not findings.rows_are_readable:
             return
         steps = self._rollout_batches()
+        if args.max_steps <= 0:
+            self.report.problems += schedule_problems(args, steps)
         own = args.teacher_prompt_column
         if models.teacher is None or own is None or own not in self.dataset.column_names:
             reader = "the student" if models.teacher is None else "the student and the teacher"
@@ -244,12 +254,20 @@ class Preflight:
         add(
             "seconds of a step", f"{total:,.1f}, of which {decode:,.1f} decoding, bound by the bandwidth of the memory"
         )
-        add("hours of the run", f"{steps * total / 3600:,.1f}")
+        schedule = self.args.get_schedule()
+        without_teacher = steps * (1 - schedule.teacher_share(steps)) if "teacher" in flops else 0
+        saved = {shares: without_teacher * estimates.seconds(work[shares].get("teacher", 0)) for shares in work}
+        hours = {shares: (steps * seconds[shares] - saved[shares]) / 3600 for shares in work}
+        add("hours of the run", f"{hours[mean.shares_prefix]:,.1f}")
+        if schedule.kind == "plateau":
+            add("the teacher ends", "when its metric stops rising; the hours are those of a run where it never does")
+        elif without_teacher:
+            add("the teacher ends", f"after {steps - without_teacher:,.0f} of {steps:,} steps")
         if mean.shares_prefix:
             plain = seconds[False]
             add(
                 "without the shared prefix",
-                f"{plain:,.1f} s per step, {steps * plain / 3600:,.1f} hours: {plain / total:.1f} times as long",
+                f"{plain:,.1f} s per step, {hours[False]:,.1f} hours: {plain / total:.1f} times as long",
             )
 
     # --- SFT

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from accelerate.logging import get_logger
-from torch import nn
+from torch import Tensor, nn
+from trl import GRPOTrainer
 
 from ..trl_compat import is_async_callable
 
@@ -18,6 +19,28 @@ RewardFunc = nn.Module | Callable[..., Any]
 
 _MAX_ROWS = 4  # of a batch, in a message
 _MAX_CHARS = 200  # of a completion or a prompt, in a message
+
+
+class GuardedRewards(GRPOTrainer):
+    """Calls reward functions through [`guarded`], and keeps what they gave. A base of the trainer."""
+
+    # TRL's
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
+
+    _rewards_per_func: Tensor  # of shape `(N, F)`, of all ranks: TRL keeps the advantages alone
+
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        reward_funcs = self.reward_funcs
+        self.reward_funcs = [
+            guarded(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        self._rewards_per_func = rewards
+        return rewards
 
 
 def guarded(reward_func: RewardFunc, name: str) -> RewardFunc:

@@ -5,6 +5,7 @@ waiting for ever. So a lost server travels to all of them as the answer, and eac
 that.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -13,6 +14,9 @@ import requests
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from trl import GRPOTrainer
+
+from ..trl_compat import forget_loaded_weights
 
 
 logger = get_logger(__name__)
@@ -35,6 +39,22 @@ class _Lost:
 
     def __iter__(self) -> NoReturn:
         raise ServerLost(self.reason)
+
+
+class ServerOutages(GRPOTrainer):
+    """Waits for a server that is unreachable, and generates when it is back. A base of the trainer."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
+        generate: Callable[[], tuple] = functools.partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return generate()
+        return generate_through_outages(
+            generate,
+            getattr(self.vllm_generation, "vllm_client", None),  # of the main process alone
+            self.accelerator,
+            self.args.vllm_server_timeout,
+            functools.partial(forget_loaded_weights, self),
+        )
 
 
 def report_losses(client: Any) -> None:
