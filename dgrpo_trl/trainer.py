@@ -32,7 +32,7 @@ from .scoring import DistilledTokens, StudentForward, add_completion_scoring, lo
 from .shared_prefix import PrefixSharing, num_regrouped, regroup, share_prefill
 from .teacher import Teacher, load_teacher
 from .teacher_term import TeacherTerm, loss_mask
-from .trl_compat import base_model, disable_gradient_checkpointing
+from .trl_compat import base_model, disable_gradient_checkpointing, take_checkpoint_options
 
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOu
 
     def _prepare_student(self) -> None:
         """Decides whether prompts are shared, and gives the models the forward that does so, where it is needed."""
+        take_checkpoint_options(base_model(self.model))
         self.sharing = self._prefix_sharing(self.model, "the student")
         if self.sharing.is_on:
             # Terms that are means over a micro-batch, and so depend on which rows share one

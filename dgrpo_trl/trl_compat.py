@@ -8,8 +8,9 @@ the pinned versions are raised.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ __all__ = [
     "get_config_model_id",
     "is_async_callable",
     "keep_to_one_gpu",
+    "take_checkpoint_options",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
@@ -57,6 +59,8 @@ __all__ = [
     "without_dropout",
 ]
 
+# What transformers takes out of `gradient_checkpointing_kwargs` before the rest goes to `torch.utils.checkpoint`
+CHECKPOINT_OPTIONS = ("every_n_layers", "offload")
 # The keyword of a cache in the arguments of `generate` and `_prefill`: from transformers 5.24 on, and before
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -146,6 +150,11 @@ HELPERS = (
     Hook("trl.models.prepare_deepspeed", "model accelerator", "shards the teacher under ZeRO-3"),
     Hook("trl.models.prepare_fsdp", "model accelerator", "shards the teacher under FSDP"),
     Hook(
+        "transformers.PreTrainedModel.gradient_checkpointing_enable",
+        "gradient_checkpointing_kwargs",
+        "keeps `offload` and `every_n_layers` when TRL switches checkpoints on again",
+    ),
+    Hook(
         "trl.models.utils.disable_gradient_checkpointing",
         "model gradient_checkpointing_kwargs",
         "forwards without gradients run without checkpoints",
@@ -221,3 +230,25 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 def base_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """`model` without its PEFT wrapper, if it has one."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def take_checkpoint_options(model: PreTrainedModel) -> None:
+    """Makes `model.gradient_checkpointing_enable` find `CHECKPOINT_OPTIONS` among its `gradient_checkpointing_kwargs`.
+
+    When training starts, transformers passes them by name. TRL switches checkpoints off to generate and to score, and
+    on again with all of `gradient_checkpointing_kwargs`, which `torch.utils.checkpoint` would refuse.
+
+    Without an accelerator `offload` does nothing: what is saved is on the host, which has no pinned memory then.
+    """
+    enable = model.gradient_checkpointing_enable
+
+    def gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        rest = dict(gradient_checkpointing_kwargs or {})
+        options = {name: rest.pop(name) for name in CHECKPOINT_OPTIONS if name in rest} | options
+        if torch.accelerator.current_accelerator() is None:
+            options.pop("offload", None)
+        enable(rest or None, **options)
+
+    model.gradient_checkpointing_enable = gradient_checkpointing_enable

@@ -22,7 +22,7 @@ from gpu_checks import Check
 from gpu_checks.attention import check_attention
 from gpu_checks.measures import check_loss, check_memory, check_prefix
 from gpu_checks.report import environment, run_apart, run_here, table, write_json
-from gpu_checks.training import PRECISIONS, check_step, check_training, check_vllm
+from gpu_checks.training import PRECISIONS, check_offload, check_step, check_training, check_vllm
 from gpu_checks.zero3 import check_two_gpus
 
 from dgrpo_trl.cli.arguments import exit_with_message, parse_arguments
@@ -38,6 +38,7 @@ NO_GPU = (
 CHECKS = {
     **{f"attention {name}": Check(partial(check_attention, name), 90) for name in BACKENDS},
     **{f"step {name}": Check(partial(check_step, name), 120) for name in PRECISIONS},
+    "offload": Check(check_offload, 120),
     "training": Check(check_training, 120),
     "loss": Check(check_loss, 120),
     "prefix": Check(check_prefix, 240),

@@ -247,6 +247,7 @@ def fake_cuda(num_devices: int = 1) -> Iterator[FakeCudaMode]:
         for name, function in functions.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         stack.enter_context(mock.patch("torch.cuda._initialized", True))
+        stack.enter_context(mock.patch("torch.accelerator.current_accelerator", lambda *_, **__: torch.device("cuda")))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))  # no mode in other threads
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch.object(Tensor, "backward", backward))

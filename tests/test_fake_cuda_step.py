@@ -22,11 +22,21 @@ from dgrpo_trl.shared_prefix.kernels import TorchFlashKernel
 
 
 @pytest.fixture
-def device():
-    AcceleratorState._reset_state(reset_partial_state=True)
+def fresh_state():
+    """Makes the next trainer look for its device anew."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    reset()
+    yield reset
+    reset()
+
+
+@pytest.fixture
+def device(fresh_state):
     with fake_cuda() as mode:
         yield mode
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # --- The device
@@ -253,14 +263,15 @@ def train(make_trainer, make_model, tokenizer, folder, kind="Qwen3", dtype=torch
 
 @pytest.mark.parametrize(("dtype", "options"), PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_a_step_on_the_device_is_that_on_the_cpu(make_trainer, make_model, tokenizer, tmp_path, kind, dtype, options):
+def test_a_step_on_the_device_is_that_on_the_cpu(
+    fresh_state, make_trainer, make_model, tokenizer, tmp_path, kind, dtype, options
+):
     common = (make_trainer, make_model, tokenizer, tmp_path, kind, dtype)
     options = {**options, **OPTIONS[kind]}
     expected, wanted = train(*common, **options)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_state()
     with fake_cuda() as device:
         logs, gradients = train(*common, use_cpu=False, **options)
-    AcceleratorState._reset_state(reset_partial_state=True)
     is_rounded = dtype == torch.bfloat16 or "bf16" in options
     assert (gradients - wanted).norm() < (0.1 if is_rounded else 1e-4) * wanted.norm()
     for name in ("loss", "entropy", "distill/divergence", "distill/divergence_last_quarter", "distill/grpo_loss"):
@@ -274,6 +285,28 @@ def test_rollouts_are_sampled_scored_and_drawn_on_the_device(device, make_traine
     )
     assert logs["completions/max_length"] > 0 and gradients.norm() > 0
     assert len(list(tmp_path.glob("out/**/step_*.html"))) == 2
+
+
+@pytest.mark.parametrize("max_tokens", [None, 60])
+def test_checkpoints_on_the_host_change_no_gradient(
+    fresh_state, make_trainer, make_model, tokenizer, tmp_path, max_tokens
+):
+    options = {"gradient_checkpointing": True, "max_tokens_per_micro_batch": max_tokens, "bf16": True}
+    pinned, gradients = [], []
+    for kwargs in ({}, {"offload": True}):
+        fresh_state()
+        with fake_cuda() as device:
+            _, gradient = train(
+                *(make_trainer, make_model, tokenizer, tmp_path),
+                **{"use_cpu": False, "gradient_checkpointing_kwargs": {"use_reentrant": False, **kwargs}, **options},
+            )
+        gradients.append(gradient)
+        pinned.append(device.pinned)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    size = 2 * 32  # layers x hidden
+    assert pinned[0] == 0 and pinned[1] % size == 0
+    # In parts each of them has its prompt, and copies once more when it is repeated
+    assert (pinned[1] == 114 * size) if max_tokens is None else (pinned[1] > 2 * 114 * size)
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_the_device(

@@ -143,6 +143,10 @@ def test_a_step_passes(precision):
     assert 0 < figures["error of the gradient"] < training.TOLERANCE
 
 
+def test_offloading_passes():
+    assert training.check_offload("cpu") == {"error of the gradient": 0.0}
+
+
 def test_a_step_with_a_wrong_gradient_fails(monkeypatch):
     original = training._gradient
 

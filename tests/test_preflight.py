@@ -137,6 +137,8 @@ def test_activations_by_hand():
     assert plain == 10 * (2 * layer + 2 * (2 * 16 + 2 * 8 + 8)) + head
     checkpointed = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, tile_tokens=100)
     assert checkpointed == 10 * (4 * 2 * 8 + layer + 2 * (2 * 16 + 2 * 8 + 8)) + 4 * 5 * 100 * 3 + 2 * 4 * 5 * 8
+    offloaded = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, tile_tokens=100, offloads=True)
+    assert checkpointed - offloaded == 10 * 4 * (2 - 1) * 8  # one layer's input of two
 
 
 GIB = 2**30
@@ -185,6 +187,26 @@ def test_an_adapter_has_small_gradients_and_its_base_teaches_for_nothing(models,
     report = dry_run(models, tokenizer, tmp_path, peft_config=config, teacher_model_name_or_path="base")
     memory = report.memory_gib["the student trains"]
     assert memory["gradients"] * GIB == pytest.approx(2 * 512 / 8) and "teacher" not in memory
+
+
+def test_checkpoints_on_the_host_leave_the_gpu(models, tokenizer, tmp_path):
+    options = {"gradient_checkpointing": True, "per_device_train_batch_size": 8, "max_completion_length": 16}
+    offloading = {"gradient_checkpointing_kwargs": {"offload": True}}
+    kept = dry_run(models, tokenizer, tmp_path, **options)
+    moved = dry_run(models, tokenizer, tmp_path, **options, **offloading)
+    split = dry_run(models, tokenizer, tmp_path, **options, **offloading, max_tokens_per_micro_batch=1)
+    shape = Shape.of(AutoConfig.from_pretrained(models / "student"))
+    on_host = moved.host_gib["checkpoints"] * GIB
+    saved = (phase["activations"] for phase in (r.memory_gib["the student trains"] for r in (kept, moved)))
+    assert on_host * (1 - 1 / shape.num_layers) == pytest.approx(GIB * (next(saved) - next(saved)))
+    # Two groups of four; in parts, each of the eight rows has the prompt
+    per_token = 2 * shape.num_layers * shape.hidden
+    prompt = (on_host / per_token - 8 * 16) / 2
+    assert split.host_gib["checkpoints"] * GIB == pytest.approx(per_token * 8 * (prompt + 16))
+    assert "of the host, for checkpoints" in str(moved) and not kept.host_gib
+    assert "`gradient_checkpointing_kwargs: {offload: true}`" in str(
+        dry_run(models, tokenizer, tmp_path, gpu=Gpu(0.001, 1, 1), **options)
+    )
 
 
 def test_sharing_a_prompt_saves_what_it_should(models, tokenizer, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 import trl
+from peft import LoraConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dgrpo_trl
 from dgrpo_trl import DGRPOTrainer
@@ -121,3 +123,16 @@ def test_nothing_is_passed_by_position_that_another_version_takes_by_keyword(mak
     monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", keyword_only)
     make_trainer(DGRPOTrainer, distill_coef=0.0, shared_prefix="off", num_iterations=2).train()
     assert (4, False) in seen and (None, True) in seen
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear")], ids=["full", "lora"])
+def test_options_of_checkpoints_are_those_that_were_set_after_trl_has_switched_them_off(make_trainer, peft_config):
+    options = {"every_n_layers": 2, "offload": True, "use_reentrant": False}
+    trainer = make_trainer(
+        *(DGRPOTrainer,),
+        **{"distill_coef": 0.0, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": options},
+        peft_config=peft_config,
+    )
+    trainer.train()
+    layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]

@@ -213,6 +213,7 @@ class Preflight:
 
     def _rollout_memory(self, longest: Rows) -> None:
         self._memory(self.estimates.rollout_memory(longest))
+        self._host_memory(self.estimates.rollout_host_checkpoints(longest))
         if longest.shares_prefix:
             plain, shared = (
                 self.estimates.training_activations(rows) / GIB
@@ -235,6 +236,12 @@ class Preflight:
                 f"The estimate of {most:.1f} GiB exceeds the {usable:.1f} that can be used of a GPU by "
                 f"{most - usable:.1f}. In this order: " + "; ".join(self.estimates.memory_remedies()) + "."
             )
+
+    def _host_memory(self, checkpoints: float) -> None:
+        if checkpoints > 0:
+            self.report.host_gib["checkpoints"] = each = checkpoints / GIB
+            value = f"{each:.1f} for each process, {each * self.engine.num_processes:.1f} for all"
+            self.report.add(_MEMORY, "of the host, for checkpoints", value)
 
     def _rollout_time(self, mean: Rows, steps: int) -> None:
         estimates = self.estimates
@@ -292,7 +299,9 @@ class Preflight:
             f"median {sorted(lengths)[len(lengths) // 2]:,}, most {max(lengths):,} ({sample})",
         )
         self._positions()
-        self._memory(self.estimates.supervised_memory(args.per_device_train_batch_size * (packed or longest)))
+        tokens = args.per_device_train_batch_size * (packed or longest)
+        self._memory(self.estimates.supervised_memory(tokens))
+        self._host_memory(self.estimates.host_checkpoints(tokens))
         self._supervised_time(self.estimates.supervised_flops(int(mean)) * rows_per_step, num_steps)
 
     def _supervised_batches(self, mean: float, packed: int | None) -> tuple[int, float]:

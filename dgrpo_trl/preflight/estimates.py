@@ -44,6 +44,13 @@ class Rows:
         whole = math.ceil(rows / group) * int(prompt) + rows * self.completion if self.shares_prefix else rows * row
         return whole if limit is None else min(whole, max(limit, row))
 
+    def all_tokens(self, prompt: float, rows: int, group: int, limit: int | None) -> int:
+        """Tokens that all forwards of a micro-batch run together: every part has the prompts of its rows."""
+        per_prompt = group if self.shares_prefix else 1
+        if limit is not None:
+            per_prompt = min(per_prompt, max(1, (limit - int(prompt)) // max(1, self.completion)))
+        return math.ceil(rows / per_prompt) * int(prompt) + rows * self.completion
+
 
 @dataclass(frozen=True)
 class Estimates:
@@ -60,6 +67,17 @@ class Estimates:
     def width(self) -> int:
         """Bytes of a value in the layers."""
         return 2 if self.args.bf16 or self.args.fp16 else 4
+
+    @property
+    def _stream(self) -> int:
+        """Bytes of a value between the layers: autocast leaves it in the dtype of the weights."""
+        return self.width if self.engine.is_deepspeed else 4
+
+    @property
+    def offloads(self) -> bool:
+        """Whether checkpoints lie on the host."""
+        args = self.args
+        return bool(args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("offload"))
 
     # --- Memory, in bytes on one GPU
 
@@ -111,6 +129,16 @@ class Estimates:
         rows, group = args.per_device_train_batch_size, args.num_generations
         tokens = longest.tokens(longest.prompt, rows, group, args.max_tokens_per_micro_batch)
         return self._activations(tokens, rows * longest.completion)
+
+    def host_checkpoints(self, tokens: int) -> float:
+        """What one process keeps of a micro-batch of `tokens` in the memory of the host."""
+        return self._stream * self.shape.num_layers * self.shape.hidden * tokens if self.offloads else 0
+
+    def rollout_host_checkpoints(self, longest: Rows) -> float:
+        """Of all parts of a micro-batch at once: what a part has copied there waits for the backward."""
+        args = self.args
+        rows, group = args.per_device_train_batch_size, args.num_generations
+        return self.host_checkpoints(longest.all_tokens(longest.prompt, rows, group, args.max_tokens_per_micro_batch))
 
     def _training_phase(self, longest: Rows) -> dict[str, float]:
         return {
@@ -174,17 +202,16 @@ class Estimates:
 
     def _activations(self, tokens: int, scored: int) -> float:
         """A micro-batch: `tokens` run, `scored` of them through the LM head."""
-        # Autocast leaves the residual stream in the dtype of the weights
-        stream = self.width if self.engine.is_deepspeed else 4
         return micro_batch_bytes(
             self.shape,
             self.teacher,
             tokens,
             scored,
             self.width,
-            stream,
+            self._stream,
             self.args.gradient_checkpointing,
             TILE_TOKENS["accelerator"],
+            self.offloads,
         )
 
     def memory_remedies(self) -> Iterator[str]:
@@ -192,6 +219,8 @@ class Estimates:
         args, kind = self.args, self.engine.kind
         if not args.gradient_checkpointing:
             yield "`gradient_checkpointing: true`"
+        elif not self.offloads:
+            yield "`gradient_checkpointing_kwargs: {offload: true}`, which is slower"
         if isinstance(args, DGRPOConfig):
             if args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode:
                 yield "`vllm_enable_sleep_mode: true`"
@@ -259,6 +288,7 @@ def micro_batch_bytes(
     stream: int,
     checkpoints: bool,
     tile_tokens: int,
+    offloads: bool = False,
 ) -> float:
     """What loss and backward of a micro-batch add to models and gradients, in bytes.
 
@@ -271,9 +301,12 @@ def micro_batch_bytes(
             Whether only the inputs of the layers are kept, and one layer at a time is computed again.
         tile_tokens (`int`):
             Tokens that the LM head takes at a time.
+        offloads (`bool`, *optional*, defaults to `False`):
+            Whether the inputs of the layers are kept on the host, and come back one at a time.
     """
     layer = shape.kept_by_layer(width)
-    kept = stream * shape.num_layers * shape.hidden + layer if checkpoints else shape.num_layers * layer
+    num_inputs = 1 if offloads else shape.num_layers
+    kept = stream * num_inputs * shape.hidden + layer if checkpoints else shape.num_layers * layer
     # Logits of student and teacher, their softmax and the gradient, in float32; the states they are made of
     num_tiles = 4 if teacher else 3
     head = 4 * min(scored, tile_tokens) * shape.vocab * num_tiles + 2 * 4 * scored * shape.hidden

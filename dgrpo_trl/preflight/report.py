@@ -13,6 +13,8 @@ class Report(Findings):
     sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     # Memory of one GPU by phase of a step and by what takes it
     memory_gib: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Memory of the host that one process takes for its GPU, by what takes it
+    host_gib: dict[str, float] = field(default_factory=dict)
     # `"plain"` without the shared prefix, `"shared"` with it, `"decode"` of decoding alone
     step_seconds: dict[str, float] = field(default_factory=dict)
 

@@ -151,7 +151,8 @@ def make_trainer(student, teacher, num_rows: int, device: str, **options):
         )
     trainer.model.to(device).train()
     if options.get("gradient_checkpointing"):  # otherwise the start of training does it
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        kwargs = options.get("gradient_checkpointing_kwargs") or {"use_reentrant": False}
+        trainer.model.gradient_checkpointing_enable(kwargs)
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 

@@ -42,8 +42,19 @@ def check_step(precision: str, device: str) -> Figures:
     return figures
 
 
+def check_offload(device: str) -> Figures:
+    """Checkpoints of the layers, and the teacher, on the host: the gradient stays."""
+    dtype = torch.bfloat16
+    _, expected = _gradient(device, LENGTHS[device], dtype, dtype, autocast=False)
+    options = {"gradient_checkpointing_kwargs": {"offload": True}, "teacher_offload": "cpu"}
+    _, gradient = _gradient(device, LENGTHS[device], dtype, dtype, autocast=False, **options)
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    require(error < 0.01, f"the gradient is off by {error:.3g} of its norm")  # kernels may add in another order
+    return {"error of the gradient": error}
+
+
 def _gradient(
-    device: str, lengths: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, autocast: bool
+    device: str, lengths: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, autocast: bool, **options: Any
 ) -> tuple[float, torch.Tensor]:
     """Loss and gradient with weights that were rounded to `stored`, in `dtype`."""
     student, teacher = (make_model("cpu", sum(lengths) + 64).to(stored).to(dtype) for _ in range(2))
@@ -51,7 +62,7 @@ def _gradient(
         teacher.lm_head.weight.mul_(1.5)
     trainer = make_trainer(
         *(student, teacher, NUM_ROWS, device),
-        **{"bf16": autocast, "shared_prefix": "on", "gradient_checkpointing": True},
+        **{"bf16": autocast, "shared_prefix": "on", "gradient_checkpointing": True, **options},
         max_completion_length=lengths[1],
     )
     generator = torch.Generator().manual_seed(0)
