@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, logaddexp, zeros_like
 
+from .fused import Fused
 from .tiled_loss import (
     TILE_TOKENS,
     Divergence,
@@ -20,9 +21,10 @@ from .tiled_loss import (
     SharedStatistics,
     TeacherSide,
     TokenTerms,
+    tile_bytes,
     tiled_token_terms,
-    weighted,
 )
+from .tiles import weighted
 
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "LMHead",
     "TokenTerms",
     "aggregate",
+    "tile_bytes",
     "token_terms",
 ]
 
@@ -75,12 +78,18 @@ def _jsd(s: SharedStatistics, log_probs: LogProbs, w: float) -> tuple[Tensor, Te
     # No identity here: the mixture needs both normalizers at every id, which takes the second pass
     jsd_N, policy_kl_N = zeros_like(s.policy_log_z_N), zeros_like(s.policy_log_z_N)
     for log_p_NV, log_t_NV in log_probs:
-        log_m_NV = _log_mixture(log_p_NV, log_t_NV, w)
-        policy_term_N = weighted(log_p_NV.exp(), log_p_NV - log_m_NV).sum(-1)
+        policy_term_N, teacher_term_N = _terms_of_jsd(log_p_NV, log_t_NV, w)
         policy_kl_N = policy_kl_N + policy_term_N
-        teacher_term_N = weighted(log_t_NV.exp(), log_t_NV - log_m_NV).sum(-1)
         jsd_N = jsd_N + (1 - w) * policy_term_N + w * teacher_term_N
     return jsd_N, policy_kl_N
+
+
+@Fused
+def _terms_of_jsd(log_p_NV: Tensor, log_t_NV: Tensor, w: float) -> tuple[Tensor, Tensor]:
+    """What one tile adds to KL(p || m) and KL(t || m)."""
+    log_m_NV = _log_mixture(log_p_NV, log_t_NV, w)
+    policy_term_N = weighted(log_p_NV.exp(), log_p_NV - log_m_NV).sum(-1)
+    return policy_term_N, weighted(log_t_NV.exp(), log_t_NV - log_m_NV).sum(-1)
 
 
 def _jsd_gradient(log_p_NV: Tensor, log_t_NV: Tensor, policy_kl_N1: Tensor, w: float) -> Tensor:

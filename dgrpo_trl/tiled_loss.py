@@ -12,8 +12,7 @@ Suffixes of shapes:
     1: an axis to broadcast over
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +20,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fused import Fused
+from .tiles import Grads, Projected, Saved, Scaling, Statistics, fold_tile, tile_gradient, tile_log_probs
 from .trl_compat import maybe_gather_lm_head_ctx
 
 
-# About six tiles are alive at once, whatever the batch, the length and the vocabulary: 32 MiB each in float32 on an
-# accelerator. A CPU is as fast with small ones, and a micro-batch that fits in memory must not grow by its LM head.
-TILE_TOKENS = {"cpu": 128, "accelerator": 1024}
+# In float32, 128 MiB on CUDA, where larger tiles read the head less often, and few are alive at once, because what is
+# done with them is compiled. A CPU is as fast with small ones, and a micro-batch that fits in its memory must not grow
+# by its LM head.
+TILE_TOKENS = {"cpu": 128, "accelerator": 1024, "cuda": 4096}
 TILE_VOCAB = 8192
+
+
+def tile_tokens(device_type: str) -> int:
+    kind = "accelerator" if device_type == "cuda" and not Fused.is_possible else device_type
+    return TILE_TOKENS.get(kind, TILE_TOKENS["accelerator"])
+
+
+def tile_bytes(device_type: str, num_tokens: int, vocab_size: int, hidden_size: int, has_teacher: bool) -> int:
+    """What is alive at once of tiles in float32, at most, and the sum of the gradient of one tile of the weight."""
+    if device_type == "cuda":
+        num_tiles = 4 if has_teacher else 2
+    else:
+        num_tiles = 17 if has_teacher else 11
+    return 4 * min(vocab_size, TILE_VOCAB) * (num_tiles * min(num_tokens, tile_tokens(device_type)) + hidden_size)
 
 
 @dataclass(frozen=True)
@@ -50,23 +66,6 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
-
-    def logits(self, projected_NV: Tensor, temperature: float) -> Tensor:
-        """Temperature-scaled logits of the same shape as the output of the projection."""
-        cap = self.final_logit_softcapping
-        if cap is not None:
-            return torch.tanh(projected_NV * (self.logit_scale / cap)) * (cap / temperature)
-        factor = self.logit_scale / temperature
-        return projected_NV if factor == 1 else projected_NV * factor
-
-    def logits_grad(self, projected_NV: Tensor, grad_NV: Tensor, temperature: float) -> Tensor:
-        """Gradient with respect to `projected_NV`, from that with respect to `logits(projected_NV)`."""
-        factor = self.logit_scale / temperature
-        grad_NV = grad_NV if factor == 1 else grad_NV * factor
-        if self.final_logit_softcapping is None:
-            return grad_NV
-        tanh_NV = torch.tanh(projected_NV * (self.logit_scale / self.final_logit_softcapping))
-        return grad_NV * (1 - tanh_NV * tanh_NV)
 
 
 class TokenTerms(NamedTuple):
@@ -147,81 +146,55 @@ def tiled_token_terms(
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
     def projection(head: LMHead, hidden: Tensor) -> _Projection:
-        return _Projection(head, temperature, dtype if fp32_projection else autocast or hidden.dtype, dtype)
+        scaling = Scaling(head.logit_scale, head.final_logit_softcapping, temperature)
+        return _Projection(head, scaling, dtype if fp32_projection else autocast or hidden.dtype, dtype)
 
-    teacher_tiles = None if teacher is None else _Teacher(teacher, projection(teacher.head, teacher.hidden_NH))
-    sweep = _Sweep(projection(head, hidden_NH), teacher_tiles)
+    teacher_projection = None if teacher is None else projection(teacher.head, teacher.hidden_NH)
+    sweep = _Sweep(projection(head, hidden_NH), teacher, teacher_projection)
     return TokenTerms(*_TokenTermsFunction.apply(hidden_NH, head.weight, head.bias, targets_N, sweep))
 
 
-# --- What is folded and projected
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """`weights * values`, and 0 where the weight is: an id with a logit of -inf has no probability and no share."""
-    return torch.where(weights == 0, 0.0, weights * values)
-
-
-class _OnlineSoftmax:
-    """Softmax statistics of N rows of logits, folded in one tile of columns at a time."""
-
-    def __init__(self, num_rows: int, device: torch.device, dtype: torch.dtype, num_means: int):
-        self.max_N = torch.full((num_rows,), -math.inf, device=device, dtype=dtype)
-        self.sum_N = torch.zeros(num_rows, device=device, dtype=dtype)
-        self.weighted_N = [torch.zeros(num_rows, device=device, dtype=dtype) for _ in range(num_means)]
-        self.argmax_N = torch.zeros(num_rows, device=device, dtype=torch.long)
-
-    def fold(self, columns: slice, logits_NV: Tensor, *values_NV: Tensor) -> None:
-        """Folds in one tile; `values_NV` are the quantities whose means under the softmax are wanted."""
-        tile_max_N, tile_argmax_N = logits_NV.max(dim=-1)
-        self.argmax_N = torch.where(tile_max_N > self.max_N, tile_argmax_N + columns.start, self.argmax_N)
-        new_max_N = torch.maximum(self.max_N, tile_max_N)
-        finite_max_N = torch.where(new_max_N == -math.inf, 0.0, new_max_N)  # -inf so far: every weight is 0
-        rescale_N = torch.exp(self.max_N - finite_max_N)
-        weights_NV = torch.exp(logits_NV - finite_max_N.unsqueeze(-1))
-        self.sum_N = self.sum_N * rescale_N + weights_NV.sum(-1)
-        for i, value_NV in enumerate(values_NV):
-            self.weighted_N[i] = self.weighted_N[i] * rescale_N + weighted(weights_NV, value_NV).sum(-1)
-        self.max_N = new_max_N
-
-    @property
-    def log_z_N(self) -> Tensor:
-        return self.max_N + torch.log(self.sum_N)
-
-    def mean_N(self, i: int) -> Tensor:
-        return self.weighted_N[i] / self.sum_N
+# --- Matrix products
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """One model's head: `input_dtype` is that of the matmul's inputs, `dtype` that of its output."""
+    """One model's head: `input_dtype` is that of the matmuls' inputs, `dtype` that of their outputs and sums."""
 
     head: LMHead
-    temperature: float
+    scaling: Scaling
     input_dtype: torch.dtype
     dtype: torch.dtype
 
-    def tile(self, hidden_NH: Tensor, columns: slice) -> Tensor:
-        hidden_NH, weight_VH = hidden_NH.to(self.input_dtype), self.head.weight[columns].to(self.input_dtype)
-        if hidden_NH.is_cuda and self.input_dtype in (torch.bfloat16, torch.float16):
-            tile_NV = torch.mm(hidden_NH, weight_VH.t(), out_dtype=torch.float32)  # in bf16 they would bias the KL
+    def operand(self, x: Tensor) -> Tensor:
+        """`x` rounded to `input_dtype`. Only CUDA multiplies in it without rounding the product too."""
+        x = x.to(self.input_dtype)
+        return x if x.is_cuda and self.input_dtype in (torch.bfloat16, torch.float16) else x.to(self.dtype)
+
+    def project(self, hidden_NH: Tensor, weight_VH: Tensor, columns: slice) -> Projected:
+        """From operands."""
+        if hidden_NH.dtype == self.dtype:
+            tile_NV = hidden_NH @ weight_VH.t()
         else:
-            tile_NV = hidden_NH.to(self.dtype) @ weight_VH.to(self.dtype).t()
-        return tile_NV if self.head.bias is None else tile_NV + self.head.bias[columns].to(self.dtype)
+            tile_NV = torch.mm(hidden_NH, weight_VH.t(), out_dtype=self.dtype)  # in bf16 they would bias the KL
+        if self.head.bias is not None:
+            tile_NV = tile_NV + self.head.bias[columns].to(self.dtype)
+        return Projected(tile_NV, self.scaling)
 
-    def logits(self, hidden_NH: Tensor, columns: slice) -> Tensor:
-        return self.head.logits(self.tile(hidden_NH, columns), self.temperature)
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, with operands that may be narrower than `total`, and the product never rounded."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """The teacher's side, and its head on tiles."""
+class _Pair(NamedTuple):
+    """Operands of both models: hidden states `(N, H)` of one tile of tokens, or a tile `(V, H)` of the weights."""
 
-    side: TeacherSide
-    projection: _Projection
-
-    def logits(self, rows: slice, columns: slice) -> Tensor:
-        return self.projection.logits(self.side.hidden_NH[rows], columns)
+    policy: Tensor
+    teacher: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -229,30 +202,52 @@ class _Sweep:
     """What the forward and the backward over the tiles have in common."""
 
     policy: _Projection
-    teacher: _Teacher | None
+    side: TeacherSide | None
+    teacher: _Projection | None
 
     @contextmanager
     def gathered(self, device_type: str) -> Iterator[None]:
         """Gathers ZeRO-3 partitions once around all the tiles, and keeps autocast from rounding the tiles."""
-        heads = [self.policy.head] if self.teacher is None else [self.policy.head, self.teacher.projection.head]
+        heads = [projection.head for projection in (self.policy, self.teacher) if projection is not None]
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), torch.autocast(device_type, enabled=False):
             yield
 
     def row_tiles(self, hidden_NH: Tensor) -> list[slice]:
-        size = TILE_TOKENS["cpu" if hidden_NH.device.type == "cpu" else "accelerator"]
+        size = tile_tokens(hidden_NH.device.type)
         return _slices(0, hidden_NH.size(0), size) or [slice(0, 0)]  # without a row, outputs are empty, not missing
 
-    def column_tiles(self) -> Iterator[tuple[slice, _Teacher | None]]:
-        """Tiles of the policy's vocabulary, each with the teacher if it is compared on this one: these come first."""
+    def column_tiles(self) -> Iterator[tuple[slice, bool]]:
+        """Tiles of the policy's vocabulary, and whether the teacher is compared on this one: these come first."""
         size = self.policy.head.weight.size(0)
-        num_shared = 0 if self.teacher is None else min(size, self.teacher.projection.head.weight.size(0))
-        shared, others = _parted(num_shared, () if self.teacher is None else self.teacher.side.unshared_ids)
+        num_shared = 0 if self.teacher is None else min(size, self.teacher.head.weight.size(0))
+        shared, others = _parted(num_shared, () if self.side is None else self.side.unshared_ids)
         others.append((num_shared, size))
-        for parts, teacher in ((shared, self.teacher), (others, None)):
+        for parts, is_shared in ((shared, True), (others, False)):
             for start, stop in parts:
                 for columns in _slices(start, stop, TILE_VOCAB):
-                    yield columns, teacher
+                    yield columns, is_shared
+
+    def ids(self, device: torch.device) -> Tensor:
+        return torch.arange(self.policy.head.weight.size(0), device=device)
+
+    def states(self, hidden_NH: Tensor, rows: slice) -> _Pair:
+        policy = self.policy.operand(hidden_NH[rows])
+        if self.side is None or self.teacher is None:
+            return _Pair(policy, None)
+        return _Pair(policy, self.teacher.operand(self.side.hidden_NH[rows]))
+
+    def weights(self, columns: slice, with_teacher: bool) -> _Pair:
+        policy = self.policy.operand(self.policy.head.weight[columns])
+        if self.teacher is None or not with_teacher:
+            return _Pair(policy, None)
+        return _Pair(policy, self.teacher.operand(self.teacher.head.weight[columns]))
+
+    def project(self, states: _Pair, weights: _Pair, columns: slice) -> tuple[Projected, Projected | None]:
+        policy = self.policy.project(states.policy, weights.policy, columns)
+        if self.teacher is None or states.teacher is None or weights.teacher is None:
+            return policy, None
+        return policy, self.teacher.project(states.teacher, weights.teacher, columns)
 
 
 def _parted(stop: int, left_out: Iterable[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -278,16 +273,6 @@ def _slices(start: int, stop: int, size: int) -> list[slice]:
 # --- The sweeps
 
 
-class _Saved(NamedTuple):
-    """What the backward needs of the forward, beside its inputs; the last is the divergence's own."""
-
-    entropies_N: Tensor
-    log_z_N: Tensor
-    shared_log_z_N: Tensor
-    teacher_log_z_N: Tensor
-    divergence_N: Tensor
-
-
 class _TokenTermsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -296,10 +281,11 @@ class _TokenTermsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # the entropy is often logged only; its zero gradient is not worth a pass
         with sweep.gathered(hidden_NH.device.type):
             tiles = [
-                _forward_rows(sweep, rows, hidden_NH[rows], targets_N[rows]) for rows in sweep.row_tiles(hidden_NH)
+                _forward_rows(sweep, sweep.states(hidden_NH, rows), targets_N[rows])
+                for rows in sweep.row_tiles(hidden_NH)
             ]
         columns = [torch.cat(column) for column in zip(*tiles, strict=True)]
-        outputs, saved = columns[: -len(_Saved._fields)], columns[-len(_Saved._fields) :]
+        outputs, saved = columns[: -len(Saved._fields)], columns[-len(Saved._fields) :]
         # The head is kept as it is: what activation checkpointing hands back has lost its ties to ZeRO-3's partitions
         ctx.sweep = sweep
         ctx.save_for_backward(hidden_NH, targets_N, *saved)
@@ -316,125 +302,107 @@ class _TokenTermsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_NH, targets_N, *saved = ctx.saved_tensors
         sweep: _Sweep = ctx.sweep
-        inputs = (hidden_NH, sweep.policy.head.weight, sweep.policy.head.bias)
-        grads = (grad_logps_N, grad_entropies_N, grad_divergences_N)
+        given = (grad_logps_N, grad_entropies_N, grad_divergences_N)
+        grads = Grads(*(None if grad_N is None else grad_N.to(sweep.policy.dtype) for grad_N in given))
         with sweep.gathered(hidden_NH.device.type):
-            totals = [
-                torch.zeros(x.shape, device=x.device, dtype=sweep.policy.dtype) if needed else None
-                for x, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
-            ]
-            for rows in sweep.row_tiles(hidden_NH):
-                _backward_rows(
-                    sweep,
-                    rows,
-                    hidden_NH[rows],
-                    targets_N[rows],
-                    [None if grad is None else grad[rows].to(sweep.policy.dtype) for grad in grads],
-                    _Saved(*(statistic[rows] for statistic in saved)),
-                    totals,
-                )
-        grad_inputs = [None if total is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
-        return *grad_inputs, None, None
+            return *_backward(sweep, hidden_NH, ctx.needs_input_grad, targets_N, grads, Saved(*saved)), None, None
 
 
-def _forward_rows(sweep: _Sweep, rows: slice, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `TokenTerms`, of which there are two without a teacher, and those of `_Saved`."""
-    policy = sweep.policy
-    num_rows, device = targets_N.size(0), hidden_NH.device
-    softmax = _OnlineSoftmax(num_rows, device, policy.dtype, num_means=2)  # means of its logits and of their lead
-    teacher_softmax = _OnlineSoftmax(num_rows, device, policy.dtype, num_means=2)
-    shared_log_z_N, lead_N, shared_argmax_N = softmax.log_z_N, softmax.sum_N, softmax.argmax_N
-    target_logits_N = torch.zeros(num_rows, device=device, dtype=policy.dtype)
-    for columns, teacher in sweep.column_tiles():
-        logits_NV = policy.logits(hidden_NH, columns)
-        inside_N, local_N = _local_targets(targets_N, columns)
-        target_logits_N = torch.where(inside_N, logits_NV.gather(1, local_N.unsqueeze(1)).squeeze(1), target_logits_N)
-        if teacher is None:
-            softmax.fold(columns, logits_NV, logits_NV)
-            continue
-        teacher_logits_NV = teacher.logits(rows, columns)
-        lead_NV = logits_NV - teacher_logits_NV
-        softmax.fold(columns, logits_NV, logits_NV, lead_NV)
-        teacher_softmax.fold(columns, teacher_logits_NV, teacher_logits_NV, lead_NV)
-        shared_log_z_N, lead_N, shared_argmax_N = softmax.log_z_N, softmax.mean_N(1), softmax.argmax_N
-    log_z_N = softmax.log_z_N
-    logps_N, entropies_N = target_logits_N - log_z_N, log_z_N - softmax.mean_N(0)
-    if sweep.teacher is None:
-        return logps_N, entropies_N, *_Saved(entropies_N, log_z_N, *[torch.zeros_like(log_z_N)] * 3)
-    teacher_log_z_N = teacher_softmax.log_z_N
-    statistics = SharedStatistics(shared_log_z_N, teacher_log_z_N, lead_N, teacher_softmax.mean_N(1))
-    log_probs = _log_probs(sweep, rows, hidden_NH, statistics)
-    divergences_N, divergence_saved_N = sweep.teacher.side.divergence.value(
-        statistics, log_probs, sweep.teacher.side.w
-    )
-    teacher_entropies_N = teacher_log_z_N - teacher_softmax.mean_N(0)
-    top1_agreement_N = (shared_argmax_N == teacher_softmax.argmax_N).to(policy.dtype)
+def _forward_rows(sweep: _Sweep, states: _Pair, targets_N: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `TokenTerms`, of which there are two without a teacher, and those of `Saved`."""
+    ids = sweep.ids(targets_N.device)
+    statistics = Statistics.start(targets_N, sweep.policy.dtype)
+    shared = statistics.policy
+    for columns, is_shared in sweep.column_tiles():
+        weights = sweep.weights(columns, is_shared)
+        statistics = fold_tile(*sweep.project(states, weights, columns), ids[columns], targets_N, statistics)
+        shared = statistics.policy if is_shared else shared
+    log_z_N = statistics.policy.log_z()
+    logps_N, entropies_N = statistics.target_logits_N - log_z_N, log_z_N - statistics.policy.mean(0)
+    if sweep.side is None:
+        return logps_N, entropies_N, *Saved(entropies_N, log_z_N, *[torch.zeros_like(log_z_N)] * 3)
+    teacher, teacher_log_z_N = statistics.teacher, statistics.teacher.log_z()
+    means = SharedStatistics(shared.log_z(), teacher_log_z_N, shared.mean(1), teacher.mean(1))
+    log_probs = _log_probs(sweep, states, means)
+    divergences_N, divergence_saved_N = sweep.side.divergence.value(means, log_probs, sweep.side.w)
+    teacher_entropies_N = teacher_log_z_N - teacher.mean(0)
+    top1_agreement_N = (shared.argmax_N == teacher.argmax_N).to(sweep.policy.dtype)
     terms = (logps_N, entropies_N, divergences_N, teacher_entropies_N, top1_agreement_N)
-    return *terms, *_Saved(entropies_N, log_z_N, shared_log_z_N, teacher_log_z_N, divergence_saved_N)
+    return *terms, *Saved(entropies_N, log_z_N, means.policy_log_z_N, teacher_log_z_N, divergence_saved_N)
 
 
-def _log_probs(
-    sweep: _Sweep, rows: slice, hidden_NH: Tensor, statistics: SharedStatistics
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _log_probs(sweep: _Sweep, states: _Pair, statistics: SharedStatistics) -> Iterator[tuple[Tensor, Tensor]]:
     """Both models' log-probabilities over the shared ids, tile by tile: a second sweep."""
-    for columns, teacher in sweep.column_tiles():
-        if teacher is None:
+    for columns, is_shared in sweep.column_tiles():
+        if not is_shared:
             return
-        log_p_NV = sweep.policy.logits(hidden_NH, columns) - statistics.policy_log_z_N.unsqueeze(1)
-        yield log_p_NV, teacher.logits(rows, columns) - statistics.teacher_log_z_N.unsqueeze(1)
+        policy, teacher = sweep.project(states, sweep.weights(columns, is_shared), columns)
+        if teacher is not None:
+            yield tile_log_probs(policy, teacher, statistics.policy_log_z_N, statistics.teacher_log_z_N)
 
 
-def _backward_rows(
+class _RowTile(NamedTuple):
+    """What the backward needs of one tile of tokens."""
+
+    rows: slice
+    states: _Pair
+    targets_N: Tensor
+    saved_N: Saved
+    grads_N: Grads
+
+
+def _backward(
+    sweep: _Sweep, hidden_NH: Tensor, needed: Sequence[bool], targets_N: Tensor, grads_N: Grads, saved_N: Saved
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to the hidden states, the weight and the bias, where they are needed.
+
+    The outer loop is over the vocabulary: so the gradient of the weight is summed in float32 one tile at a time.
+    """
+    policy, ids = sweep.policy, sweep.ids(hidden_NH.device)
+    inputs = (hidden_NH, policy.head.weight, policy.head.bias)
+    grad_hidden, grad_weight, grad_bias = (
+        torch.zeros(x.shape, device=x.device, dtype=x.dtype if x is policy.head.weight else policy.dtype)
+        if x is not None and is_needed
+        else None
+        for x, is_needed in zip(inputs, needed[:3], strict=True)
+    )
+    tiles = [
+        _RowTile(rows, sweep.states(hidden_NH, rows), targets_N[rows], saved_N.of(rows), grads_N.of(rows))
+        for rows in sweep.row_tiles(hidden_NH)
+    ]
+    for columns, is_shared in sweep.column_tiles():
+        weights = sweep.weights(columns, is_shared and grads_N.divergences_N is not None)
+        total_VH = None if grad_weight is None else torch.zeros_like(weights.policy, dtype=policy.dtype)
+        for tile in tiles:
+            total_NH = None if grad_hidden is None else grad_hidden[tile.rows]
+            total_V = None if grad_bias is None else grad_bias[columns]
+            _add_gradients(sweep, tile, weights, columns, ids[columns], (total_NH, total_VH, total_V))
+        if grad_weight is not None and total_VH is not None:
+            grad_weight[columns] = total_VH
+    grads = (grad_hidden, grad_weight, grad_bias)
+    return tuple(
+        None if x is None or grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)
+    )
+
+
+def _add_gradients(
     sweep: _Sweep,
-    rows: slice,
-    hidden_NH: Tensor,
-    targets_N: Tensor,
-    grads_N: list[Tensor | None],
-    saved_N: _Saved,
-    totals: list[Tensor | None],
+    tile: _RowTile,
+    weights: _Pair,
+    columns: slice,
+    ids_V: Tensor,
+    totals: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    """Adds one tile of rows to the gradients `totals` of the hidden states, the weight and the bias."""
-    policy = sweep.policy
-    grad_logps_N, grad_entropies_N, grad_divergences_N = grads_N
-    saved_N1 = _Saved(*(statistic.unsqueeze(1) for statistic in saved_N))
-    total_hidden, total_weight, total_bias = totals
-    for columns, teacher in sweep.column_tiles():
-        projected_NV = policy.tile(hidden_NH, columns)
-        logits_NV = policy.head.logits(projected_NV, policy.temperature)
-        log_p_NV = logits_NV - saved_N1.log_z_N
-        p_NV = log_p_NV.exp()
-        grad_NV = torch.zeros_like(p_NV)
-        if grad_logps_N is not None:
-            inside_N, local_N = _local_targets(targets_N, columns)
-            grad_NV.addcmul_(p_NV, grad_logps_N.unsqueeze(1), value=-1)
-            grad_NV.scatter_add_(1, local_N.unsqueeze(1), torch.where(inside_N, grad_logps_N, 0.0).unsqueeze(1))
-        if grad_entropies_N is not None:
-            surprise_NV = weighted(p_NV, log_p_NV + saved_N1.entropies_N)
-            grad_NV.addcmul_(surprise_NV, grad_entropies_N.unsqueeze(1), value=-1)
-        if teacher is not None and grad_divergences_N is not None:
-            log_p_NV = logits_NV - saved_N1.shared_log_z_N
-            log_t_NV = teacher.logits(rows, columns) - saved_N1.teacher_log_z_N
-            gradient_NV = teacher.side.divergence.gradient(log_p_NV, log_t_NV, saved_N1.divergence_N, teacher.side.w)
-            grad_NV.addcmul_(gradient_NV, grad_divergences_N.unsqueeze(1))
-        grad_NV = policy.head.logits_grad(projected_NV, grad_NV, policy.temperature)
-        _accumulate(total_hidden, rows, grad_NV, policy.head.weight[columns], policy.input_dtype)
-        _accumulate(total_weight, columns, grad_NV.t(), hidden_NH, policy.input_dtype)
-        if total_bias is not None:
-            total_bias[columns] += grad_NV.sum(0)
-
-
-def _local_targets(targets_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in the tile, and its column there (0 where it does not)."""
-    inside_N = (targets_N >= columns.start) & (targets_N < columns.stop)
-    return inside_N, torch.where(inside_N, targets_N - columns.start, 0)
-
-
-def _accumulate(total: Tensor | None, index: slice, a: Tensor, b: Tensor, input_dtype: torch.dtype) -> None:
-    """`total[index] += a @ b`, with the inputs rounded to `input_dtype` and the product never rounded."""
-    if total is None:
-        return
-    a, b = a.to(input_dtype), b.to(input_dtype)
-    if a.is_cuda and input_dtype in (torch.bfloat16, torch.float16):
-        total[index] += torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        total[index].addmm_(a.to(total.dtype), b.to(total.dtype))
+    """Adds what one tile gives to the gradients of its hidden states, its part of the weight and that of the bias."""
+    total_NH, total_VH, total_V = totals
+    policy, teacher = sweep.project(tile.states, weights, columns)
+    gradient, w = (None, 0.0) if sweep.side is None else (sweep.side.divergence.gradient, sweep.side.w)
+    arguments = (ids_V, tile.targets_N, tile.saved_N, tile.grads_N, gradient, w)
+    grad_NV, grad_V = tile_gradient(policy, teacher, *arguments, sweep.policy.input_dtype, total_V is not None)
+    grad_NV = sweep.policy.operand(grad_NV)
+    if total_NH is not None:
+        _accumulate(total_NH, grad_NV, weights.policy)
+    if total_VH is not None:
+        _accumulate(total_VH, grad_NV.t(), tile.states.policy)
+    if total_V is not None and grad_V is not None:
+        total_V += grad_V

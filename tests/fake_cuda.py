@@ -169,6 +169,11 @@ def mm_with_dtype(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return (a.to(out_dtype) @ b.to(out_dtype)).to(out_dtype)
 
 
+def addmm_with_dtype(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    assert total.dtype == out.dtype == out_dtype
+    return out.copy_(total + mm_with_dtype(a, b, out_dtype))
+
+
 def flash_sequences(q, k, cum_q, cum_k, max_q, max_k, causal, window_size_left, window_size_right) -> Sequences:
     q_lengths, k_lengths = (tuple(cum.diff().tolist()) for cum in (cum_q, cum_k))
     assert (sum(q_lengths), sum(k_lengths)) == (q.size(0), k.size(0))  # CUDA would read what lies beyond
@@ -207,6 +212,7 @@ def flash_backward(
 
 CUDA_ONLY = {
     aten.mm.dtype: mm_with_dtype,
+    aten.addmm.dtype_out: addmm_with_dtype,
     aten._flash_attention_forward.default: flash_forward,
     aten._flash_attention_backward.default: flash_backward,
     aten._fused_sdp_choice.default: lambda *args, **kwargs: 0,  # plain matrix products
@@ -248,6 +254,7 @@ def fake_cuda(num_devices: int = 1) -> Iterator[FakeCudaMode]:
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         stack.enter_context(mock.patch("torch.cuda._initialized", True))
         stack.enter_context(mock.patch("torch.accelerator.current_accelerator", lambda *_, **__: torch.device("cuda")))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # whether or not there is a Triton
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))  # no mode in other threads
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch.object(Tensor, "backward", backward))

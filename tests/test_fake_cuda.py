@@ -9,7 +9,9 @@ from accelerate.state import AcceleratorState
 from fake_cuda import CUDA, fake_cuda
 from peft import LoraConfig, get_peft_model
 
-from dgrpo_trl import DGRPOTrainer, rollouts
+from dgrpo_trl import DGRPOTrainer, rollouts, tiled_loss
+from dgrpo_trl.fused import Fused
+from dgrpo_trl.losses import DIVERGENCES, Distillation, LMHead, token_terms
 from dgrpo_trl.rollouts import Rollouts, score
 from dgrpo_trl.scoring import add_completion_scoring
 from dgrpo_trl.teacher import HostWeights
@@ -105,3 +107,22 @@ def test_a_teacher_that_waits_on_the_host_is_copied_there_once_and_pinned(device
     assert device.pinned == sum(value.numel() for value in values)
     for parameter, value in zip(parameters, values, strict=True):
         torch.testing.assert_close(parameter.data, value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_the_loss_multiplies_in_bfloat16_and_sums_in_float32(device, monkeypatch, kind):
+    monkeypatch.setattr(tiled_loss, "TILE_VOCAB", 16)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, states, teacher_weight = (
+        torch.randn(size, 8, generator=generator).bfloat16() for size in (7, 40, 7, 40)
+    )
+    results = []
+    for place in (CUDA, torch.device("cpu")):
+        inputs = [x.to(place).requires_grad_() for x in (hidden, weight)]
+        teacher = Distillation(states.to(place), LMHead(teacher_weight.to(place)), kind)
+        terms = token_terms(inputs[0], LMHead(inputs[1]), torch.arange(7).to(place), distillation=teacher)
+        (terms.logps + terms.divergences).sum().backward()
+        results.append([x.cpu() for x in (*terms, *(x.grad for x in inputs))])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+    assert device.calls[torch.ops.aten.addmm.dtype_out] == 2 * 3 and not device.calls[torch.ops.aten.mm.default]
+    assert not device.waits.keys() - {"elsewhere"} and Fused.is_possible

@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -276,6 +277,47 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(kind):
     with LargestTensor() as largest:  # the same instrument does see full logits
         (hidden @ weight.t()).sum().backward()
     assert largest.numel == num_tokens * vocab_size
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made in it that are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("kind", [None, *DIVERGENCES])
+def test_tiles_take_the_memory_that_the_dry_run_counts(monkeypatch, kind):
+    monkeypatch.setattr(tiled_loss, "TILE_TOKENS", {"cpu": 64, "accelerator": 64})
+    monkeypatch.setattr(tiled_loss, "TILE_VOCAB", 512)
+    num_tokens, vocab_size, hidden_size = 128, 5 * 512, 16
+    hidden, weight, states, teacher_weight = (
+        torch.randn(size, hidden_size) for size in (num_tokens, vocab_size, num_tokens, vocab_size)
+    )
+    teacher = Distillation(states, LMHead(teacher_weight), kind) if kind else None
+    with LiveBytes() as live:
+        head = LMHead(weight.requires_grad_())
+        terms = token_terms(hidden.requires_grad_(), head, torch.arange(num_tokens), distillation=teacher)
+        weighted = [(t * t.detach()).sum() for t in terms[:3] if t is not None]
+        sum(weighted).backward()
+    found = live.peak - weight.grad.nbytes - hidden.grad.nbytes
+    counted = tiled_loss.tile_bytes("cpu", num_tokens, vocab_size, hidden_size, teacher is not None)
+    assert 0.7 * counted < found <= counted
 
 
 @pytest.mark.parametrize("mixture", [0.0, 1.0, -0.1])

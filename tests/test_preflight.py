@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -132,13 +133,32 @@ def test_operations_by_hand():
 def test_activations_by_hand():
     layer = SHAPE.kept_by_layer(2)
     assert layer == 2 * 8 * 10 + 2 * (4 * 8 + 4 * 4) + 2 * 4 * 16
-    head = 4 * 3 * 100 * 4 + 2 * 4 * 5 * 8
-    plain = micro_batch_bytes(SHAPE, SHAPE, 10, 5, 2, 4, False, tile_tokens=3)
+    states, gradient = 2 * 4 * 5 * 8, 4 * 100 * 8  # of those that are scored; of the head
+    plain = micro_batch_bytes(SHAPE, SHAPE, 10, 5, 2, 4, False, "cuda")
+    head = states + gradient + 4 * 100 * (4 * 5 + 8)  # four tiles of the whole small vocabulary, and the sum of one
     assert plain == 10 * (2 * layer + 2 * (2 * 16 + 2 * 8 + 8)) + head
-    checkpointed = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, tile_tokens=100)
-    assert checkpointed == 10 * (4 * 2 * 8 + layer + 2 * (2 * 16 + 2 * 8 + 8)) + 4 * 5 * 100 * 3 + 2 * 4 * 5 * 8
-    offloaded = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, tile_tokens=100, offloads=True)
+    checkpointed = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, "cuda")
+    head = states + gradient + 4 * 100 * (2 * 5 + 8)
+    assert checkpointed == 10 * (4 * 2 * 8 + layer + 2 * (2 * 16 + 2 * 8 + 8)) + head
+    frozen = replace(SHAPE, trains_head=False)
+    assert checkpointed - micro_batch_bytes(frozen, None, 10, 5, 2, 4, True, "cuda") == gradient
+    offloaded = micro_batch_bytes(SHAPE, None, 10, 5, 2, 4, True, "cuda", offloads=True)
     assert checkpointed - offloaded == 10 * 4 * (2 - 1) * 8  # one layer's input of two
+
+
+def test_the_loss_counts_with_tiles_of_the_vocabulary():
+    """Not with all 151,936 ids: 4 tiles of 4,096 tokens by 8,192 ids, and the gradient of 8,192 rows of 2,048."""
+    shape = replace(SHAPE, vocab=151_936, hidden=2048, trains_head=False)
+    small = replace(shape, vocab=8192)
+    many, few = (micro_batch_bytes(s, SHAPE, 0, 16_384, 2, 4, True, "cuda") for s in (shape, small))
+    assert many == few == 2 * 4 * 16_384 * 2048 + 4 * 8192 * (4 * 4096 + 2048)
+
+
+def test_a_head_is_trained_unless_an_adapter_freezes_it():
+    config = build_model().config
+    assert Shape.of(config).trains_head
+    assert not Shape.of(config, LoraConfig(r=4, target_modules=["q_proj"])).trains_head
+    assert Shape.of(config, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])).trains_head
 
 
 GIB = 2**30

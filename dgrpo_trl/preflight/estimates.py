@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..config import DGRPOConfig
 from ..gpus import Gpu
-from ..losses import TILE_TOKENS
+from ..losses import tile_bytes
 from ..models import BASE_TEACHER, teacher_dtype
 from .engine import Engine
 from .shape import Shape
@@ -210,7 +210,7 @@ class Estimates:
             self.width,
             self._stream,
             self.args.gradient_checkpointing,
-            TILE_TOKENS["accelerator"],
+            "cuda",
             self.offloads,
         )
 
@@ -287,7 +287,7 @@ def micro_batch_bytes(
     width: int,
     stream: int,
     checkpoints: bool,
-    tile_tokens: int,
+    device_type: str,
     offloads: bool = False,
 ) -> float:
     """What loss and backward of a micro-batch add to models and gradients, in bytes.
@@ -299,15 +299,15 @@ def micro_batch_bytes(
             Bytes of a value in the layers, and between them.
         checkpoints (`bool`):
             Whether only the inputs of the layers are kept, and one layer at a time is computed again.
-        tile_tokens (`int`):
-            Tokens that the LM head takes at a time.
+        device_type (`str`):
+            Where it runs: the loss has larger tiles on `"cuda"`, and fewer of them.
         offloads (`bool`, *optional*, defaults to `False`):
             Whether the inputs of the layers are kept on the host, and come back one at a time.
     """
     layer = shape.kept_by_layer(width)
     num_inputs = 1 if offloads else shape.num_layers
     kept = stream * num_inputs * shape.hidden + layer if checkpoints else shape.num_layers * layer
-    # Logits of student and teacher, their softmax and the gradient, in float32; the states they are made of
-    num_tiles = 4 if teacher else 3
-    head = 4 * min(scored, tile_tokens) * shape.vocab * num_tiles + 2 * 4 * scored * shape.hidden
+    # The hidden states that are scored, and their gradient; that of the head, until it is added to the others
+    head = 2 * 4 * scored * shape.hidden + (stream * shape.vocab * shape.hidden if shape.trains_head else 0)
+    head += tile_bytes(device_type, scored, shape.vocab, shape.hidden, teacher is not None)
     return tokens * (kept + shape.transient(width)) + head

@@ -19,6 +19,7 @@ class Shape:
     key: int
     mlp: int  # width of what a token passes through: of all its experts
     vocab: int
+    trains_head: bool = True
 
     @classmethod
     def of(cls, config: PreTrainedConfig, peft_config: Any = None, trust_remote_code: bool = False) -> "Shape":
@@ -43,6 +44,7 @@ class Shape:
             key=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
             mlp=mlp,
             vocab=text.vocab_size,
+            trains_head=model.get_output_embeddings().weight.requires_grad,
         )
 
     def active(self) -> int:

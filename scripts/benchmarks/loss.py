@@ -1,6 +1,7 @@
 """Time and peak memory of one loss and backward over the number of completion tokens T; memory of a whole step.
 
     python scripts/benchmarks/loss.py [--tokens 256 1024 4096] [--repeats 5]
+    python scripts/benchmarks/loss.py --count [--tokens 16384]
 
 The loss, from hidden states, in four ways, interleaved in one run, at the vocabulary of Qwen3 and Qwen2.5 (151,936):
 
@@ -15,25 +16,39 @@ every way must hold.
 
 Then the loss and backward of one micro-batch in TRL's `GRPOTrainer` and in `DGRPOTrainer`, with a model of few layers
 and the same vocabulary: what the teacher adds, beside what it must (its weights and the completions' hidden states).
+
+`--count` needs no GPU: it counts the kernels of one loss and backward on CUDA, and the bytes that they read and write,
+with log-probability and reverse KL, in bfloat16. Operators run on fake tensors; each that computes is a kernel, which
+reads its inputs and writes its outputs once. A compiled function counts as what Inductor makes of it for CUDA, which
+`COMPILED` says.
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import resource
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from dgrpo_trl import DGRPOConfig, DGRPOTrainer
+from dgrpo_trl import DGRPOConfig, DGRPOTrainer, losses, tiles
+from dgrpo_trl.fused import Fused
 from dgrpo_trl.losses import Distillation, LMHead, token_terms
 
 
@@ -231,18 +246,110 @@ def print_steps(args: argparse.Namespace, device: str) -> None:
         )
 
 
+# --- What runs on CUDA, counted
+
+# Kernels, and passes over the inputs, in the Triton code of PyTorch 2.13. Of the two kernels of `fold_tile`, one reads
+# the targets' logits, and one goes over the tiles twice: for the maxima, and for the sums
+COMPILED = {
+    tiles.fold_tile: (2, 2),
+    tiles.tile_log_probs: (1, 1),
+    tiles.tile_gradient: (1, 1),
+    losses._terms_of_jsd: (1, 1),
+}
+NOT_KERNELS = {"aten.detach.default", "aten.empty.memory_format", "prim.device.default"}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the kernels that operators launch, and the bytes that these read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # On fake tensors, this one lacks a rule
+        outputs = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
+        if not func.is_view and str(func) not in NOT_KERNELS:
+            self.add(1, 1, (args, {k: v for k, v in kwargs.items() if k != "out"}), outputs)
+        return outputs
+
+    def add(self, kernels: int, passes: int, inputs, outputs) -> None:
+        read, written = (
+            sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+            for tensors in (inputs, outputs)
+        )
+        self.kernels += kernels
+        self.bytes += passes * read + written
+
+    def compiled(self, function: Fused, kernels: int, passes: int):
+        """Stands for the compiled function."""
+
+        def run(*args):
+            with torch.utils._python_dispatch._disable_current_modes(), args[0].values_NV.fake_mode:
+                outputs = function.function(*args)
+            self.add(kernels, passes, args, outputs)
+            return outputs
+
+        return run
+
+
+def lend_guard() -> None:
+    """Lends the CUDA device the guard of `meta`, which does nothing: a PyTorch without CUDA has none."""
+    cuda, meta = 1, 14  # of c10::DeviceType
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards[cuda] = guards[cuda] or guards[meta]
+
+
+def count(num_tokens: int, vocab_size: int, hidden_size: int, teacher_hidden_size: int, compiles: bool) -> Traffic:
+    traffic = Traffic()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        hidden, weight, teacher_hidden, teacher_weight, targets = make_inputs(
+            num_tokens, vocab_size, hidden_size, teacher_hidden_size, "cuda"
+        )
+        stack.enter_context(mock.patch.object(Fused, "is_possible", compiles))
+        for function, (kernels, passes) in COMPILED.items():
+            run = traffic.compiled(function, kernels, passes)
+            stack.enter_context(mock.patch.object(function, "compiled", run))
+        stack.enter_context(traffic)
+        teacher = Distillation(teacher_hidden, LMHead(teacher_weight))
+        terms = token_terms(hidden, LMHead(weight), targets, distillation=teacher)
+        # Not by the engine of autograd, which needs the true device
+        terms.logps.grad_fn.apply(terms.logps.detach(), None, terms.divergences.detach(), None, None)
+    return traffic
+
+
+def print_counts(args: argparse.Namespace) -> None:
+    lend_guard()
+    print(f"V = {args.vocab_size}, hidden sizes {args.hidden_size} and {args.teacher_hidden_size}, bfloat16\n")
+    print("| T | uncompiled: kernels | TB | compiled: kernels | TB |\n| --- | --- | --- | --- | --- |")
+    for num_tokens in args.tokens:
+        sizes = (num_tokens, args.vocab_size, args.hidden_size, args.teacher_hidden_size)
+        counts = [count(*sizes, compiles) for compiles in (False, True)]
+        cells = " | ".join(f"{traffic.kernels} | {traffic.bytes / 1e12:.3f}" for traffic in counts)
+        print(f"| {num_tokens} | {cells} |", flush=True)
+
+
 def main() -> None:
     has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action="store_true", help="count kernels and bytes instead, without a GPU")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--vocab_size", type=int, default=151_936)
-    parser.add_argument("--hidden_size", type=int, default=2048 if has_cuda else 128, help="student's")
-    parser.add_argument("--teacher_hidden_size", type=int, default=5120 if has_cuda else 256)
+    parser.add_argument("--hidden_size", type=int, help="student's; 2048 on CUDA, else 128")
+    parser.add_argument("--teacher_hidden_size", type=int, help="5120 on CUDA, else 256")
     parser.add_argument("--repeats", type=int, default=10 if has_cuda else 1, help="timed runs after a first one")
     parser.add_argument(
         "--max_naive_gib", type=float, default=64 if has_cuda else 8, help="leave out a larger naive run"
     )
     args = parser.parse_args()
+    args.hidden_size = args.hidden_size or (2048 if has_cuda or args.count else 128)
+    args.teacher_hidden_size = args.teacher_hidden_size or (5120 if has_cuda or args.count else 256)
+    if args.count:
+        print_counts(args)
+        return
     device = "cuda" if has_cuda else "cpu"
     name = torch.cuda.get_device_name() if has_cuda else f"CPU, {torch.get_num_threads()} threads"
     print(

@@ -15,7 +15,6 @@ import torch
 from loss import add_teacher, in_child, make_rollouts, make_trainer
 from shared_prefix import make_model
 
-from dgrpo_trl.losses import TILE_TOKENS
 from dgrpo_trl.preflight import Shape, micro_batch_bytes
 
 
@@ -83,7 +82,7 @@ def estimate(device: str, shares: bool, checkpoints: bool, lengths: tuple[int, i
             width=2 if device == "cuda" else 4,
             stream=2 if device == "cuda" else 4,
             checkpoints=checkpoints,
-            tile_tokens=TILE_TOKENS["accelerator" if device == "cuda" else "cpu"],
+            device_type=device,
         )
         / 2**20
     )
