@@ -2,18 +2,24 @@
 
 import logging
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_model
+from conftest import ROOT, build_model
 from transformers import DynamicCache
 
 from dgrpo_trl.rollouts import Rollouts, completion_states
 from dgrpo_trl.scoring import add_completion_scoring
 from dgrpo_trl.shared_prefix import ExactnessCheck, PrefixSharing, regroup, share_prefill
 from dgrpo_trl.trl_compat import CACHE_NAMES
+
+
+sys.path.append(str(ROOT / "scripts" / "benchmarks"))
+
+from exactness import measure  # noqa: E402
 
 
 @pytest.fixture
@@ -96,6 +102,17 @@ def test_a_model_does_not_mind_where_positions_start(accelerator, kind):
     arguments = (model, accelerator, 0, "auto", [[5, 6, 7, 8] * 4], [[9, 10, 11]], False)
     with torch.no_grad():
         torch.testing.assert_close(completion_states(*arguments), completion_states(*arguments, 64))
+
+
+@pytest.mark.parametrize("num_layers", [2, pytest.param(64, marks=pytest.mark.slow)])
+def test_in_bfloat16_rounding_and_faults_lie_on_either_side_of_the_factor_however_deep_the_model(
+    accelerator, num_layers
+):
+    found = measure(num_layers, (256, 32), seed=0)
+    factor = ExactnessCheck(accelerator).noise_factor
+    ratios = {way: error / noise for way, (error, noise) in found.items()}
+    assert ratios.pop("right") < factor / 2
+    assert min(ratios.values()) > 2 * factor, ratios
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
