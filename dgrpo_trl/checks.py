@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from .chat import Prompt, max_num_tokens, num_prompt_tokens, num_row_tokens
 from .config import DGRPOConfig
+from .ends import end_warnings
 from .models import Models
 from .positions import YARN_EXAMPLE, rope_scaling, trained_positions
 from .row_checks import (
@@ -118,6 +119,8 @@ def run_findings(
         warnings += vocabulary_warnings(student_vocab, models.teacher_vocab)
         problems += differing or _unreadable_problems(args, models, dict(readable))
         warnings += teacher_scaling_warnings(models.student, other_teacher)
+        if models.student_ends and models.teacher_ends and not args.distill_mask_eos:
+            warnings += end_warnings(models.student_ends, models.teacher_ends, models.tokenizer)
         if models.teacher_vocab is None:
             warnings.append("The loaded teacher has no tokenizer: its token ids are taken to be the student's.")
     if args.use_vllm:
@@ -130,7 +133,8 @@ def run_findings(
     for _, dataset in readable:
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             for reader in _readers(args, models, dataset):
-                problems += _prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
+                found = _prompt_length_problems(dataset, reader, count_tokens, args.max_completion_length or 0)
+                (warnings if reader.is_model and args.allow_extrapolation else problems).extend(found)
     return findings
 
 
@@ -320,7 +324,10 @@ def _prompts_read(dataset: Dataset, column: str) -> Sequence[Prompt]:
 
 
 def supervised_findings(
-    args: SFTConfig, models: Models, datasets: Mapping[str, Dataset | IterableDataset]
+    args: SFTConfig,
+    models: Models,
+    datasets: Mapping[str, Dataset | IterableDataset],
+    allow_extrapolation: bool = False,
 ) -> Findings:
     """What SFT refuses of rows with `prompt` and `completion`: what cannot be read, or is longer than the positions.
 
@@ -336,7 +343,10 @@ def supervised_findings(
             *prompt_problems(dataset["completion"], f"`{name}`", "completion"),
         ]
         findings.rows_are_readable &= not faults
-        findings.problems += faults or _row_length_problems(args, models, dataset)
+        findings.problems += faults
+        if not faults:
+            found = _row_length_problems(args, models, dataset)
+            (findings.warnings if allow_extrapolation else findings.problems).extend(found)
     return findings
 
 
@@ -413,7 +423,7 @@ def position_problems(
     return [
         f"{subject} has {num_tokens:,} tokens, more than the {positions:,} positions of {reader}. Beyond the "
         f"positions that it was trained on, a model is silently wrong. {shorten}, or extend the positions by YaRN: "
-        f"{YARN_EXAMPLE} in {arguments}."
+        f"{YARN_EXAMPLE} in {arguments}. For a model that extrapolates, set `allow_extrapolation: true`."
     ]
 
 

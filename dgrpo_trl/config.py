@@ -30,8 +30,8 @@ class DGRPOConfig(GRPOConfig):
     paper's beta, the weight of the teacher, is `distill_coef`.
 
     The text of each parameter is its `help`, which `--help` of the training command shows as well. They control, in
-    this order, the teacher model, the distillation, the shared prefix, what is logged, and what happens when a step
-    fails.
+    this order, the teacher model, the distillation, lengths, the shared prefix, what is logged, and what happens when
+    a step fails.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "distill_scheduler_kwargs"]
@@ -136,6 +136,25 @@ class DGRPOConfig(GRPOConfig):
         metadata={
             "help": "Largest divergence of one token, in nats, that counts; what lies above has no gradient. By "
             "default none is clipped."
+        },
+    )
+
+    distill_mask_eos: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the positions at which a completion ends out of the teacher term and its metrics: for a "
+            "teacher that ends with another token than the student. The GRPO term keeps them. Normalizers that count "
+            "the tokens of a batch ('dapo', 'cispo', 'vespo', 'dr_grpo') still count them."
+        },
+    )
+
+    # Parameters that control lengths
+    allow_extrapolation: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on prompts that, with the longest completion, have more tokens than the positions that a "
+            "model was trained on: for models that extrapolate. Otherwise they are refused, as most models are "
+            "silently wrong there."
         },
     )
 
@@ -337,6 +356,10 @@ class PreflightArguments:
 class TrainingRunArguments(LongBlocksArguments, PreflightArguments):
     """The data and the dry run, of every training command."""
 
+    def allows_extrapolation(self, training_args: TrainingArguments) -> bool:
+        """Whether rows may be longer than the positions that a model was trained on."""
+        raise NotImplementedError
+
     def data_options(self, training_args: TrainingArguments) -> dict[str, Any]:
         """Arguments of [`~training_data.load_training_data`] that only this command has."""
         raise NotImplementedError
@@ -362,6 +385,9 @@ class DGRPOScriptArguments(TrainingRunArguments):
         metadata={"help": "URL of the judge's OpenAI-compatible server. The key is read from OPENAI_API_KEY."},
     )
 
+    def allows_extrapolation(self, training_args: DGRPOConfig) -> bool:
+        return training_args.allow_extrapolation
+
     def data_options(self, training_args: DGRPOConfig) -> dict[str, Any]:
         return {"chat_template_kwargs": training_args.chat_template_kwargs}
 
@@ -374,6 +400,14 @@ class SFTScriptArguments(TrainingRunArguments):
         default="answer",
         metadata={"help": "Column with the text to train on, for instance 'response_Qwen3.5-27B' of LongBlocks."},
     )
+
+    allow_extrapolation: bool = field(
+        default=False,
+        metadata={"help": "Train on rows longer than the positions of the student: for models that extrapolate."},
+    )
+
+    def allows_extrapolation(self, training_args: SFTConfig) -> bool:
+        return self.allow_extrapolation
 
     def data_options(self, training_args: SFTConfig) -> dict[str, Any]:
         return {"completion_column": self.completion_column, "max_length": training_args.max_length}

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from trl import SFTConfig
 
 from .config import DGRPOConfig
+from .ends import Ends, read_ends
 from .positions import POSITION_ARGUMENTS, trained_positions
-from .trl_compat import get_config_model_id
+from .trl_compat import base_model, get_config_model_id
 from .vocabularies import unshared_ids
 
 
@@ -35,6 +43,8 @@ class Models:
             The teacher's; for `"base"` the student's own. `None` without a teacher.
         teacher_vocab (`dict[str, int]`, *optional*):
             The teacher's tokens and their ids; `None` where they are not known.
+        student_ends ([`Ends`], *optional*), teacher_ends ([`Ends`], *optional*):
+            How they end a text, with a teacher that is not the student.
     """
 
     student: PreTrainedConfig
@@ -42,6 +52,8 @@ class Models:
     stored_student: PreTrainedConfig
     teacher: PreTrainedConfig | None = None
     teacher_vocab: dict[str, int] | None = None
+    student_ends: Ends | None = None
+    teacher_ends: Ends | None = None
 
     @property
     def unshared_ids(self) -> tuple[int, ...]:
@@ -77,9 +89,33 @@ def read_models(
         return Models(config, tokenizer, stored_config)
     if teacher == BASE_TEACHER:
         return Models(config, tokenizer, stored_config, config, tokenizer.get_vocab())
+    teacher_config, teacher_tokenizer = load_teacher_config(teacher, args), load_teacher_tokenizer(teacher, args)
+    template_kwargs = args.chat_template_kwargs if isinstance(args, DGRPOConfig) else None
+    hub_kwargs = {"revision": (args.model_init_kwargs or {}).get("revision")}
     return Models(
-        config, tokenizer, stored_config, load_teacher_config(teacher, args), load_teacher_vocab(teacher, args)
+        config,
+        tokenizer,
+        stored_config,
+        teacher_config,
+        None if teacher_tokenizer is None else teacher_tokenizer.get_vocab(),
+        read_ends(tokenizer, config, _generation_config(student, **hub_kwargs), template_kwargs),
+        read_ends(
+            teacher_tokenizer,
+            teacher_config,
+            _generation_config(teacher, **teacher_hub_kwargs(args)),
+            template_kwargs,
+        ),
     )
+
+
+def _generation_config(model: str | nn.Module, **hub_kwargs: Any) -> GenerationConfig | None:
+    """That of a model; `None` where there is none beside its weights."""
+    if not isinstance(model, str):
+        return base_model(model).generation_config
+    try:
+        return GenerationConfig.from_pretrained(model, **hub_kwargs)
+    except OSError:
+        return None
 
 
 def load_config(name_or_path: str, init_kwargs: dict[str, Any] | None = None, **hub_kwargs: Any) -> PreTrainedConfig:
@@ -159,8 +195,8 @@ def load_teacher_config(teacher: str | PreTrainedModel, args: DGRPOConfig) -> Pr
         ) from error
 
 
-def load_teacher_vocab(teacher: str | PreTrainedModel, args: DGRPOConfig) -> dict[str, int] | None:
-    """The teacher's tokens and their ids; `None` for a loaded model that has no tokenizer beside its weights.
+def load_teacher_tokenizer(teacher: str | PreTrainedModel, args: DGRPOConfig) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer; `None` for a loaded model that has none beside its weights.
 
     Raises:
         ValueError: If a teacher that is not loaded has no tokenizer.
@@ -173,7 +209,7 @@ def load_teacher_vocab(teacher: str | PreTrainedModel, args: DGRPOConfig) -> dic
         tokenizer, reason = None, str(error)
     # Where the files are missing, transformers builds a tokenizer of special tokens alone
     if tokenizer is not None and not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        return tokenizer.get_vocab()
+        return tokenizer
     if not isinstance(teacher, str):
         return None
     raise ValueError(

@@ -46,7 +46,7 @@ class CheckedPrompts(GRPOTrainer):
 
     def _check_positions(self, prompt_ids: list[list[int]], reader: str) -> None:
         """Raises if a prompt leaves `reader` no room for the longest completion: streams are checked no earlier."""
-        positions = self._positions[reader]
+        positions = None if self.args.allow_extrapolation else self._positions[reader]
         raise_problems(arriving_prompt_problems(prompt_ids, self.max_completion_length or 0, positions, reader))
 
     def _teacher_prompt_ids(self, inputs: list[dict[str, Any]], rollouts: dict[str, Any]) -> list[list[int]]:

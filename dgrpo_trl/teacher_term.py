@@ -1,5 +1,6 @@
 """The term that the teacher adds to the loss of a micro-batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,21 @@ class TeacherTerm:
             Ranks, over which gradients are averaged.
         unshared_ids (`tuple[int, ...]`, *optional*):
             See [`~losses.Distillation`].
+        eos_token_ids (`list[int]`, *optional*):
+            The tokens that end a completion, for `distill_mask_eos`.
     """
 
-    def __init__(self, args: DGRPOConfig, num_processes: int, unshared_ids: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        args: DGRPOConfig,
+        num_processes: int,
+        unshared_ids: tuple[int, ...] = (),
+        eos_token_ids: Sequence[int] = (),
+    ):
         self.args = args
         self.num_processes = num_processes
         self.unshared_ids = unshared_ids
+        self.eos_token_ids = eos_token_ids
 
     def distillation(self, inputs: dict[str, Any], head: LMHead) -> Distillation:
         """What the student's forward compares itself with."""
@@ -38,6 +48,14 @@ class TeacherTerm:
             args.distill_jsd_mixture,
             self.unshared_ids,
         )
+
+    def mask(self, inputs: dict[str, Any]) -> Tensor:
+        """The tokens that the term covers, of shape `(B, T)`."""
+        mask = loss_mask(inputs)
+        if not self.args.distill_mask_eos:
+            return mask
+        ends = torch.tensor(self.eos_token_ids, device=mask.device)
+        return mask * ~torch.isin(inputs["completion_ids"], ends)
 
     def __call__(self, inputs: dict[str, Any], tokens: DistilledTokens, accumulation_steps: int | None) -> Tensor:
         """The term without its coefficient, a scalar.
@@ -57,7 +75,7 @@ class TeacherTerm:
             divergences = divergences.clamp(max=self.args.distill_clip)
         return aggregate(
             divergences.masked_fill(self._taught(inputs) == 0, 0.0),
-            loss_mask(inputs),
+            self.mask(inputs),
             self.args.loss_type,
             self.args.max_completion_length,
             inputs["num_items_in_batch"].clamp(min=1) / self.num_processes / windows,
@@ -66,7 +84,7 @@ class TeacherTerm:
 
     def metrics(self, inputs: dict[str, Any], tokens: DistilledTokens) -> dict[str, tuple[Tensor, Tensor]]:
         """What is logged of a micro-batch, see [`~run.metrics.AccumulationWindow.add`]."""
-        mask = loss_mask(inputs)
+        mask = self.mask(inputs)
         values = distillation_values(tokens, mask)
         if self.args.distill_gate != "all":
             values["distill/taught_share"] = self._taught(inputs), mask
@@ -99,7 +117,7 @@ class TeacherTerm:
 
     def _taught(self, inputs: dict[str, Any]) -> Tensor:
         """1 at the tokens that are taught, of shape `(B, T)`."""
-        mask = loss_mask(inputs)
+        mask = self.mask(inputs)
         return mask if self.args.distill_gate == "all" else mask * inputs["distill_gate"].unsqueeze(-1)
 
 

@@ -31,7 +31,7 @@ from .schedule import terms_at
 from .scoring import DistilledTokens, StudentForward, add_completion_scoring, load_balancing_loss
 from .shared_prefix import PrefixSharing, num_regrouped, regroup, share_prefill
 from .teacher import Teacher, load_teacher
-from .teacher_term import TeacherTerm, loss_mask
+from .teacher_term import TeacherTerm
 from .trl_compat import base_model, disable_gradient_checkpointing, take_checkpoint_options
 
 
@@ -224,7 +224,8 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOu
                     add_completion_scoring(unwrapped, self.temperature, self.args.cast_lm_head_to_fp32)
 
     def _prepare_teacher(self, teacher: str | PreTrainedModel, unshared_ids: tuple[int, ...]) -> None:
-        self._teacher_term = TeacherTerm(self.args, self.accelerator.num_processes, unshared_ids)
+        num_processes = self.accelerator.num_processes
+        self._teacher_term = TeacherTerm(self.args, num_processes, unshared_ids, self.eos_token_ids)
         self._window = AccumulationWindow(self.accelerator)
         self._teacher_seconds = 0.0
         model, sharing = None, self.sharing
@@ -370,7 +371,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOu
     def _log_teacher_term(self, inputs: dict[str, Any], tokens: DistilledTokens, terms: dict[str, Tensor]) -> None:
         """A collective call at the end of an accumulation window."""
         if self.model.training:
-            self.inspector.observe(inputs, tokens, loss_mask(inputs))
+            self.inspector.observe(inputs, tokens, self._teacher_term.mask(inputs))
         losses = {"distill/grpo_loss": terms["GRPO"], "distill/loss": terms["teacher"]}
         values = self._teacher_term.metrics(inputs, tokens)
         for name, value in self._window.add(values, losses).items():

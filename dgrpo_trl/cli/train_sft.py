@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if run is None:
         return
     models = read_models(run.model_args.model_name_or_path, None, run.training_args, run.tokenizer)
-    supervised_findings(run.training_args, models, run.datasets).raise_for_problems()
+    allow_extrapolation = run.script_args.allow_extrapolation
+    supervised_findings(run.training_args, models, run.datasets, allow_extrapolation).raise_for_problems()
     from ..sft_trainer import ResumableSFTTrainer  # takes seconds, which `--help` and a dry run do without
 
     trainer = ResumableSFTTrainer(**run.trainer_arguments, processing_class=run.tokenizer)

@@ -100,6 +100,7 @@ def prepare_run(
             get_peft_config(model_args),
             eval_dataset,
             reward_funcs,
+            script_args.allows_extrapolation(training_args),
         )
         print(report)
         report.raise_for_problems()

@@ -31,6 +31,10 @@ class EvaluationArguments:
         help="More arguments of `from_pretrained`, such as `rope_parameters` (YaRN) and "
         "`max_position_embeddings`; as JSON on the command line.",
     )
+    allow_extrapolation: bool = HfArg(
+        default=False,
+        help="Evaluate beyond the positions that the model was trained on: for models that extrapolate.",
+    )
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
     chat_template_kwargs: JsonObject = HfArg(
         default_factory=dict, help="Arguments of the chat template, such as `enable_thinking: false`."

@@ -37,7 +37,9 @@ from .scores import QUESTION_METRICS
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 _NOT_OF_THE_MODEL = {"training_args.bin", "trainer_state.json", "complete.json"}
 # These do not change the scores of a cell. More tasks may be added to a run later
-_NOT_IN_FINGERPRINT = {"output_dir", "name", "overwrite", "max_batch_tokens", "tasks", "harness_tasks"}
+_NOT_IN_FINGERPRINT = {
+    *("output_dir", "name", "overwrite", "max_batch_tokens", "tasks", "harness_tasks", "allow_extrapolation"),
+}
 
 # Completes samples, and calls its second argument with the number of those completed since the last call
 Generate = Callable[[Sequence[Sample], Callable[[int], object]], list[str]]
@@ -100,7 +102,7 @@ class EvaluationRun:
 
     def _check_positions(self) -> None:
         positions = trained_positions(self.config)
-        if positions is None:
+        if positions is None or self.args.allow_extrapolation:
             return
         longest = 0
         for cell in self.cells:

@@ -52,6 +52,7 @@ def preflight(
     peft_config: Any = None,
     eval_dataset: Dataset | None = None,
     reward_funcs: Sequence[Any] = (),
+    allow_extrapolation: bool = False,
 ) -> Report:
     """Checks a run of dGRPO, or of SFT, before it starts, and estimates its memory and its time.
 
@@ -74,6 +75,8 @@ def preflight(
             Rows to evaluate on, which are checked too.
         reward_funcs (`Sequence`, *optional*):
             Reward functions, whose columns the rows must have.
+        allow_extrapolation (`bool`, *optional*, defaults to `False`):
+            Whether rows for SFT may be longer than the student's positions; a `DGRPOConfig` says so itself.
 
     Raises:
         ValueError: If a configuration or the teacher's tokenizer cannot be read, or `dataset` is a stream.
@@ -95,7 +98,7 @@ def preflight(
     if is_dgrpo:
         dry_run.rollouts()
     else:
-        dry_run.supervised()
+        dry_run.supervised(allow_extrapolation)
     return dry_run.report
 
 
@@ -279,11 +282,11 @@ class Preflight:
 
     # --- SFT
 
-    def supervised(self) -> None:
+    def supervised(self, allow_extrapolation: bool = False) -> None:
         args, models = self.args, self.models
-        findings = supervised_findings(args, models, self.datasets)
+        findings = supervised_findings(args, models, self.datasets, allow_extrapolation)
         self.report.problems += findings.problems
-        self.report.warnings += packing_warnings(args)
+        self.report.warnings += [*findings.warnings, *packing_warnings(args)]
         if not findings.rows_are_readable:
             return
         rows, sample = _sample(self.dataset, "prompt", "completion")
