@@ -4,7 +4,7 @@ No weights are read. Functions called `..._problems` return texts, none where al
 before weights load, the dry run lists them in its report, the evaluation raises those that concern it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,14 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import SFTConfig
 
-from .chat import Prompt, max_num_tokens, num_prompt_tokens, num_row_tokens
+from .chat import (
+    Prompt,
+    kept_token_problems,
+    max_num_tokens,
+    num_prompt_tokens,
+    num_row_tokens,
+    special_token_warnings,
+)
 from .config import DGRPOConfig
 from .ends import end_warnings
 from .models import Models
@@ -97,9 +104,11 @@ def run_findings(
         findings.rows_are_readable &= not faults
         if not faults:
             readable.append((name, dataset))
+            warnings += _special_token_warnings(args, models, dataset, f"`{name}`")
         answers = _answer_findings(args, dataset, f"`{name}`", reward_funcs)
         problems += answers.problems
         warnings += answers.warnings
+    problems += kept_token_problems(args.keep_special_tokens, models.tokenizer)
     if "train_dataset" in datasets:
         problems += batch_problems(args, datasets["train_dataset"], num_processes)
     problems += schedule_problems(args, args.max_steps if args.max_steps > 0 else None)
@@ -128,7 +137,7 @@ def run_findings(
         (problems if args.vllm_mode == "colocate" else warnings).extend(found)  # a server may be set up by hand
 
     def count_tokens(prompt: Prompt) -> int:
-        return num_prompt_tokens(prompt, models.tokenizer, args.chat_template_kwargs, tools)
+        return num_prompt_tokens(prompt, models.tokenizer, args.chat_template_kwargs, tools, args.keep_special_tokens)
 
     for _, dataset in readable:
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
@@ -165,6 +174,20 @@ def _row_problems(
             faults = template_problems(dataset[column], name, models.tokenizer, args.chat_template_kwargs, tools)
         problems += faults
     return problems
+
+
+def _special_token_warnings(
+    args: DGRPOConfig, models: Models, dataset: Dataset | IterableDataset, name: str
+) -> list[str]:
+    if not isinstance(dataset, Dataset):
+        return []
+    columns = ["prompt", args.teacher_prompt_column if models.teacher else None]
+    warnings = []
+    for column in columns:
+        if column in dataset.column_names:
+            where = name if column == "prompt" else f"{name}, `{column}`"
+            warnings += special_token_warnings(dataset[column], where, models.tokenizer, args.keep_special_tokens)
+    return warnings
 
 
 def _empty_problems(dataset: Dataset, name: str) -> list[str]:
@@ -328,12 +351,13 @@ def supervised_findings(
     models: Models,
     datasets: Mapping[str, Dataset | IterableDataset],
     allow_extrapolation: bool = False,
+    keep_special_tokens: Collection[str] = (),
 ) -> Findings:
     """What SFT refuses of rows with `prompt` and `completion`: what cannot be read, or is longer than the positions.
 
     Streams are not checked.
     """
-    findings = Findings()
+    findings = Findings(kept_token_problems(keep_special_tokens, models.tokenizer))
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):
             continue
@@ -345,6 +369,9 @@ def supervised_findings(
         findings.rows_are_readable &= not faults
         findings.problems += faults
         if not faults:
+            findings.warnings += special_token_warnings(
+                dataset["prompt"], f"`{name}`", models.tokenizer, keep_special_tokens
+            )
             found = _row_length_problems(args, models, dataset)
             (findings.warnings if allow_extrapolation else findings.problems).extend(found)
     return findings
@@ -476,7 +503,14 @@ def _unreadable_problems(
         if lacking and isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             own = args.teacher_prompt_column if args.teacher_prompt_column in dataset.column_names else None
             prompts = _prompts_read(dataset, own or "prompt")
-            problems += unreadable_problems(prompts, f"`{name}`", models.tokenizer, lacking, args.chat_template_kwargs)
+            problems += unreadable_problems(
+                prompts,
+                f"`{name}`",
+                models.tokenizer,
+                lacking,
+                args.chat_template_kwargs,
+                args.keep_special_tokens,
+            )
     return problems
 
 

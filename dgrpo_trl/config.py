@@ -30,8 +30,8 @@ class DGRPOConfig(GRPOConfig):
     paper's beta, the weight of the teacher, is `distill_coef`.
 
     The text of each parameter is its `help`, which `--help` of the training command shows as well. They control, in
-    this order, the teacher model, the distillation, lengths, the shared prefix, what is logged, and what happens when
-    a step fails.
+    this order, the teacher model, the distillation, prompts, their lengths, the shared prefix, what is logged, and
+    what happens when a step fails.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "distill_scheduler_kwargs"]
@@ -148,6 +148,16 @@ class DGRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control prompts
+    keep_special_tokens: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
+            "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
+            "end a turn. Give it to every stage of a model, and to its evaluation."
+        },
+    )
+
     # Parameters that control lengths
     allow_extrapolation: bool = field(
         default=False,
@@ -212,6 +222,7 @@ class DGRPOConfig(GRPOConfig):
         super().__post_init__()
         if isinstance(self.shared_prefix, bool):  # what YAML makes of `on` and `off`
             self.shared_prefix = "on" if self.shared_prefix else "off"
+        self.keep_special_tokens = _listed(self.keep_special_tokens)
         if not (math.isfinite(self.distill_coef) and self.distill_coef >= 0):
             raise ValueError(
                 f"`distill_coef` must be a finite number >= 0, got {self.distill_coef}. It weighs a divergence to be "
@@ -273,6 +284,11 @@ class DGRPOConfig(GRPOConfig):
         return read_schedule(
             self.distill_coef, self.distill_scheduler_type, self.distill_scheduler_kwargs, self.reward_start
         )
+
+
+def _listed(value: list[str] | str | None) -> list[str]:
+    """What YAML and Python give for a list, or for one item of it."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 # --- The commands
@@ -389,7 +405,10 @@ class DGRPOScriptArguments(TrainingRunArguments):
         return training_args.allow_extrapolation
 
     def data_options(self, training_args: DGRPOConfig) -> dict[str, Any]:
-        return {"chat_template_kwargs": training_args.chat_template_kwargs}
+        return {
+            "chat_template_kwargs": training_args.chat_template_kwargs,
+            "keep_special_tokens": training_args.keep_special_tokens,
+        }
 
 
 @dataclass
@@ -406,8 +425,25 @@ class SFTScriptArguments(TrainingRunArguments):
         metadata={"help": "Train on rows longer than the positions of the student: for models that extrapolate."},
     )
 
+    keep_special_tokens: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
+            "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
+            "end a turn. Give it to every stage of a model, and to its evaluation."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.keep_special_tokens = _listed(self.keep_special_tokens)
+
     def allows_extrapolation(self, training_args: SFTConfig) -> bool:
         return self.allow_extrapolation
 
     def data_options(self, training_args: SFTConfig) -> dict[str, Any]:
-        return {"completion_column": self.completion_column, "max_length": training_args.max_length}
+        return {
+            "completion_column": self.completion_column,
+            "max_length": training_args.max_length,
+            "keep_special_tokens": self.keep_special_tokens,
+        }

@@ -80,4 +80,13 @@ def break_special_tokens(text: str, special_tokens: Collection[str]) -> str:
     if not literals:
         return text
     pattern = "|".join(re.escape(token) for token in literals)
-    return re.sub(pattern, lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+    return re.sub(pattern, lambda match: broken(match[0]), text)
+
+
+# Zero-width space: it is not seen, and no token has it
+SEPARATOR = "\u200b"
+
+
+def broken(token: str) -> str:
+    """A control token as [`break_special_tokens`] leaves it."""
+    return f"{token[0]}{SEPARATOR}{token[1:]}"

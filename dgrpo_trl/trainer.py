@@ -151,6 +151,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOu
         )
         self._has_teacher = self._distills = run.teacher is not None  # until a schedule ends it
         self._positions = run.positions
+        self._warned: set[str] = set()
         super().__init__(
             model=model,
             reward_funcs=run.reward_funcs,

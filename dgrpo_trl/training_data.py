@@ -1,7 +1,7 @@
 """Data of a training run, as its recipe describes it: LongBlocks or any prompts, short rows, rows held out."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def load_training_data(
     completion_column: str | None = None,
     max_length: int | None = None,
     chat_template_kwargs: dict | None = None,
+    keep_special_tokens: Collection[str] = (),
     seed: int = 0,
     with_test: bool = False,
 ) -> tuple[AnyDataset, AnyDataset | None]:
@@ -45,6 +46,8 @@ def load_training_data(
             would cut them, and train on answers without their ends.
         chat_template_kwargs (`dict`, *optional*):
             What the trainer gives to the chat template.
+        keep_special_tokens (`Collection[str]`, *optional*):
+            Special tokens that are not broken up.
         seed (`int`, *optional*, defaults to `0`):
             Order of the mixture, and choice of the documents held out.
         with_test (`bool`, *optional*, defaults to `False`):
@@ -59,7 +62,7 @@ def load_training_data(
             evaluate on are missing or are trained on.
     """
     _check_arguments(args)
-    reader = _Reader(args, tokenizer, completion_column, chat_template_kwargs or {})
+    reader = _Reader(args, tokenizer, completion_column, chat_template_kwargs or {}, keep_special_tokens)
     train, test = reader.long_rows(args.dataset_name, args.dataset_train_split), None
     if args.test_share > 0:
         column = next((c for c in ("document_sha256", "id") if c in (train.column_names or ())), None)
@@ -149,6 +152,7 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase
     completion_column: str | None
     chat_template_kwargs: dict
+    keep_special_tokens: Collection[str]
 
     def rows_to_evaluate(self) -> AnyDataset:
         """Those of `eval_dataset_name`, or of `dataset_test_split`.
@@ -198,6 +202,7 @@ class _Reader:
             books=args.books,
             books_cache=args.books_cache,
             keep_document=False,
+            keep_special_tokens=self.keep_special_tokens,
         )
 
     def short_rows(self) -> AnyDataset:
@@ -209,6 +214,7 @@ class _Reader:
             tokenizer=self.tokenizer,
             max_prompt_tokens=self.args.max_prompt_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
+            keep_special_tokens=self.keep_special_tokens,
         )
 
     def for_sft(self, rows: AnyDataset, max_length: int | None) -> AnyDataset:
@@ -231,7 +237,9 @@ class _Reader:
     def _within_budget(self, rows: AnyDataset) -> AnyDataset:
         if self.args.max_prompt_tokens is None:
             return rows
-        budget = TokenBudget(self.tokenizer, None, self.args.max_prompt_tokens, self.chat_template_kwargs)
+        budget = TokenBudget(
+            self.tokenizer, None, self.args.max_prompt_tokens, self.chat_template_kwargs, self.keep_special_tokens
+        )
         return self._filtered(rows, lambda row: budget.reason(row["prompt"]) is None, "prompt_too_long")
 
     def _with_completion(self, rows: AnyDataset, name: str) -> AnyDataset:
@@ -253,7 +261,10 @@ class _Reader:
                 return {"completion": str(completion)}
             if not isinstance(completion, list):  # of messages
                 completion = [{"role": "assistant", "content": str(completion)}]
-            return {"prompt": escape_messages(prompt, self.tokenizer), "completion": completion}
+            return {
+                "prompt": escape_messages(prompt, self.tokenizer, self.keep_special_tokens),
+                "completion": completion,
+            }
 
         return rows.map(convert)
 

@@ -98,10 +98,11 @@ def unreadable_problems(
     tokenizer: PreTrainedTokenizerBase,
     lacking: dict[str, int],
     chat_template_kwargs: dict[str, Any] | None = None,
+    keep_special_tokens: Collection[str] = (),
 ) -> list[str]:
     """A problem if prompts that the teacher reads, or the chat template, hold tokens of `lacking`."""
     prompts = list(prompts) if lacking else []
-    rows = [row for row, prompt in enumerate(prompts) if _held(prompt, tokenizer, lacking)]
+    rows = [row for row, prompt in enumerate(prompts) if _held(prompt, tokenizer, lacking, keep_special_tokens)]
     if rows:
         return [unreadable_problem(name, f"{len(rows)} rows, first in row {rows[0]} (from 0),", lacking)]
     if any(isinstance(prompt, list) for prompt in prompts) and tokenizer.chat_template:
@@ -125,10 +126,10 @@ def unreadable_problem(name: str, where: str, tokens: Iterable[str | int]) -> st
     )
 
 
-def _held(prompt: Any, tokenizer: PreTrainedTokenizerBase, lacking: dict[str, int]) -> bool:
+def _held(prompt: Any, tokenizer: PreTrainedTokenizerBase, lacking: dict[str, int], keep: Collection[str]) -> bool:
     def holds(value: Any) -> bool:
         return any(token in text for text in iter_strings(value) for token in lacking)
 
     if not holds(prompt):
         return False
-    return isinstance(prompt, str) or holds(escape_messages(prompt, tokenizer))
+    return isinstance(prompt, str) or holds(escape_messages(prompt, tokenizer, keep))

@@ -144,8 +144,9 @@ def test_the_end_is_in_the_teacher_term_or_not(make_trainer, make_model, loss_ty
     expected = reference.normalize(divergence, mask, loss_type, 8, num_items, 1)
     torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-9, atol=1e-12)
     wanted = torch.autograd.grad(expected, list(trainer.model.parameters()))
+    largest = max(w.abs().max().item() for w in wanted)
     for g, w in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6 * largest)  # as in `test_trainer`: in part in float32
     assert got["distill/divergence"][-1] == pytest.approx(((divergence * mask).sum() / mask.sum()).item(), rel=1e-9)
 
 

@@ -80,13 +80,14 @@ def prepare_run(
     tokenizer = load_student_tokenizer(
         model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
     )
+    data_options = script_args.data_options(training_args)
     with training_args.main_process_first(desc="reading the data"):
         train_dataset, eval_dataset = load_training_data(
             script_args,
             tokenizer,
             seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
             with_test=training_args.eval_strategy != "no",
-            **script_args.data_options(training_args),
+            **data_options,
         )
     if script_args.dry_run:
         report = preflight(
@@ -101,6 +102,7 @@ def prepare_run(
             eval_dataset,
             reward_funcs,
             script_args.allows_extrapolation(training_args),
+            data_options["keep_special_tokens"],
         )
         print(report)
         report.raise_for_problems()

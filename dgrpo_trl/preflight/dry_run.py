@@ -3,7 +3,7 @@
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,6 +53,7 @@ def preflight(
     eval_dataset: Dataset | None = None,
     reward_funcs: Sequence[Any] = (),
     allow_extrapolation: bool = False,
+    keep_special_tokens: Collection[str] = (),
 ) -> Report:
     """Checks a run of dGRPO, or of SFT, before it starts, and estimates its memory and its time.
 
@@ -77,6 +78,8 @@ def preflight(
             Reward functions, whose columns the rows must have.
         allow_extrapolation (`bool`, *optional*, defaults to `False`):
             Whether rows for SFT may be longer than the student's positions; a `DGRPOConfig` says so itself.
+        keep_special_tokens (`Collection[str]`, *optional*):
+            Special tokens that rows for SFT keep; a `DGRPOConfig` says so itself.
 
     Raises:
         ValueError: If a configuration or the teacher's tokenizer cannot be read, or `dataset` is a stream.
@@ -98,7 +101,7 @@ def preflight(
     if is_dgrpo:
         dry_run.rollouts()
     else:
-        dry_run.supervised(allow_extrapolation)
+        dry_run.supervised(allow_extrapolation, keep_special_tokens)
     return dry_run.report
 
 
@@ -193,9 +196,12 @@ class Preflight:
         """Reports the lengths of the prompts that `reader` reads, in tokens, and returns them sorted."""
         chosen, sample = _sample(self.dataset, column)
         tokenizer, kwargs = self.models.tokenizer, self.args.chat_template_kwargs
-        lengths = sorted(num_prompt_tokens(prompt, tokenizer, kwargs) for prompt in chosen if prompt is not None) or [
-            0
-        ]
+        keep = self.args.keep_special_tokens
+        lengths = sorted(
+            num_prompt_tokens(prompt, tokenizer, kwargs, keep_special_tokens=keep)
+            for prompt in chosen
+            if prompt is not None
+        ) or [0]
         self.report.add(
             "Lengths in tokens",
             f"`{column}`, read by {reader}",
@@ -282,9 +288,9 @@ class Preflight:
 
     # --- SFT
 
-    def supervised(self, allow_extrapolation: bool = False) -> None:
+    def supervised(self, allow_extrapolation: bool = False, keep_special_tokens: Collection[str] = ()) -> None:
         args, models = self.args, self.models
-        findings = supervised_findings(args, models, self.datasets, allow_extrapolation)
+        findings = supervised_findings(args, models, self.datasets, allow_extrapolation, keep_special_tokens)
         self.report.problems += findings.problems
         self.report.warnings += [*findings.warnings, *packing_warnings(args)]
         if not findings.rows_are_readable:

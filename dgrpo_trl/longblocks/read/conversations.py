@@ -1,5 +1,6 @@
 """Short conversations as training rows: the last answer, and all turns before it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def load_conversations(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_prompt_tokens: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    keep_special_tokens: Collection[str] = (),
     num_proc: int | None = None,
     counts: DropCounts | None = None,
 ) -> Dataset | IterableDataset:
@@ -68,7 +70,8 @@ def load_conversations(
             Column with the turns, each with a `role` and a `content`.
         completion (`bool`, *optional*, defaults to `False`):
             Give the last answer as conversational `completion`, for `SFTTrainer`, and not as the reference `answer`.
-        name_or_path, split, streaming, tokenizer, max_prompt_tokens, chat_template_kwargs, num_proc, counts:
+        name_or_path, split, streaming, tokenizer, max_prompt_tokens, chat_template_kwargs, keep_special_tokens,
+        num_proc, counts:
             As for [`load_longblocks`].
 
     Returns:
@@ -80,9 +83,8 @@ def load_conversations(
     rows = read_rows(name_or_path, split, streaming)
     check_columns(rows, (messages_column,))
     answer = {"completion": MESSAGES_FEATURE} if completion else {"answer": Value("string")}
-    reader = _ConversationReader(
-        messages_column, completion, TokenBudget(tokenizer, None, max_prompt_tokens, chat_template_kwargs or {})
-    )
+    budget = TokenBudget(tokenizer, None, max_prompt_tokens, chat_template_kwargs or {}, keep_special_tokens)
+    reader = _ConversationReader(messages_column, completion, budget)
     features = Features({"prompt": MESSAGES_FEATURE, **answer})
     dropped_columns = [name for name in rows.features if name not in features]
     return select_and_map(rows, reader, features, dropped_columns, num_proc, counts)

@@ -2,7 +2,7 @@
 
 import hashlib
 import string
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ def load_longblocks(
     books_cache: str | Path | None = None,
     join_pages: str = "\n\n",
     keep_document: bool = True,
+    keep_special_tokens: Collection[str] = (),
     num_proc: int | None = None,
     counts: DropCounts | None = None,
 ) -> Dataset | IterableDataset:
@@ -140,6 +141,8 @@ def load_longblocks(
             What stands between two pages; the published set does not state it.
         keep_document (`bool`, *optional*, defaults to `True`):
             Keep the column `document`, which the prompt repeats.
+        keep_special_tokens (`Collection[str]`, *optional*):
+            Special tokens that are not broken up; `["all"]` for all of them.
         num_proc (`int`, *optional*), counts ([`DropCounts`], *optional*):
             Processes to work with, not for streams; filled with what was dropped, for streams as they flow.
 
@@ -162,7 +165,9 @@ def load_longblocks(
     elif "evidence" in features:
         features["teacher_prompt"] = MESSAGES_FEATURE
 
-    budget = TokenBudget(tokenizer, min_prompt_tokens, max_prompt_tokens, chat_template_kwargs or {})
+    budget = TokenBudget(
+        tokenizer, min_prompt_tokens, max_prompt_tokens, chat_template_kwargs or {}, keep_special_tokens
+    )
     with ExitStack() as stack:
         cache = filled_cache(rows, books, books_cache, stack)
         reader = _QuestionReader(

@@ -4,7 +4,7 @@ Rows that cannot be trained on leave with a reason, see [`reasons`].
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -52,6 +52,7 @@ class TokenBudget:
     min_tokens: int | None
     max_tokens: int | None
     chat_template_kwargs: dict[str, Any]
+    keep_special_tokens: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and (self.min_tokens, self.max_tokens) != (None, None):
@@ -64,7 +65,7 @@ class TokenBudget:
         """Keeps literal special tokens text, as the trainer does; as they are where there is no tokenizer."""
         if self.tokenizer is None:
             return messages
-        return escape_messages(messages, self.tokenizer)
+        return escape_messages(messages, self.tokenizer, self.keep_special_tokens)
 
     def reason(self, prompt: Prompt) -> str | None:
         """Why the prompt may not stay. Only one that its size in bytes does not decide is tokenized."""
@@ -75,7 +76,9 @@ class TokenBudget:
             return None
         if self.min_tokens is not None and at_most < self.min_tokens:
             return "prompt_too_short"
-        num_tokens = num_prompt_tokens(prompt, self.tokenizer, self.chat_template_kwargs)
+        num_tokens = num_prompt_tokens(
+            prompt, self.tokenizer, self.chat_template_kwargs, keep_special_tokens=self.keep_special_tokens
+        )
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return "prompt_too_short"
         return "prompt_too_long" if self.max_tokens is not None and num_tokens > self.max_tokens else None
