@@ -200,7 +200,7 @@ def test_the_token_budget_holds_at_its_edges(tokenizer, document, streaming):
 
 
 def test_a_prompt_that_fits_by_its_bytes_is_not_tokenised(tokenizer, monkeypatch):
-    monkeypatch.setattr("dgrpo_trl.longblocks.read.rows.num_prompt_tokens", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("dgrpo_trl.longblocks.read.rows.num_prompt_tokens", lambda *_, **__: pytest.fail("tokenized"))
     num_bytes = len(f"{DOCUMENT}\n\nHow many wheels?".encode())
     rows = Dataset.from_list([row()])
     assert len(load_longblocks(rows, tokenizer=tokenizer, max_prompt_tokens=num_bytes + 512)) == 1
