@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from .chat import (
@@ -23,7 +23,7 @@ from .chat import (
 from .config import DGRPOConfig
 from .ends import end_warnings
 from .models import Models
-from .positions import YARN_EXAMPLE, rope_scaling, trained_positions
+from .positions import YARN_EXAMPLE, sampler_scaling_problems, teacher_scaling_warnings, trained_positions
 from .row_checks import (
     answer_problems,
     answer_warnings,
@@ -451,30 +451,6 @@ def position_problems(
         f"{subject} has {num_tokens:,} tokens, more than the {positions:,} positions of {reader}. Beyond the "
         f"positions that it was trained on, a model is silently wrong. {shorten}, or extend the positions by YaRN: "
         f"{YARN_EXAMPLE} in {arguments}. For a model that extrapolates, set `allow_extrapolation: true`."
-    ]
-
-
-def teacher_scaling_warnings(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[str]:
-    """A warning if one model scales its positions and the other does not, which is often an oversight."""
-    ours, theirs = rope_scaling(student), rope_scaling(teacher)
-    if ours == theirs:
-        return []
-    return [
-        f"The student's positions are scaled by {ours or 'nothing'}, the teacher's by {theirs or 'nothing'}. Unless "
-        "one of them has more native positions, they read the same document differently. Give both the same "
-        "`rope_parameters` and `max_position_embeddings`, in `model_init_kwargs` and in `teacher_model_init_kwargs`."
-    ]
-
-
-def sampler_scaling_problems(student: PreTrainedConfig, stored_student: PreTrainedConfig) -> list[str]:
-    """vLLM reads the configuration beside the weights, and sees nothing of `model_init_kwargs`."""
-    ours, theirs = rope_scaling(student), rope_scaling(stored_student)
-    if ours == theirs:
-        return []
-    return [
-        f"The student's positions are scaled by {ours or 'nothing'}, but its own configuration says "
-        f"{theirs or 'nothing'}, which is what vLLM reads: rollouts would be sampled by another model than is "
-        "trained. Start from a checkpoint that was saved with them, as the cold start of the 128K recipes is."
     ]
 
 

@@ -48,3 +48,27 @@ def rope_scaling(config: PreTrainedConfig) -> dict[str, Any] | None:
     if rope.get("rope_type", "default") == "default":
         return None
     return {key: value for key, value in sorted(rope.items()) if key != "rope_theta"}
+
+
+def teacher_scaling_warnings(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[str]:
+    """A warning if one model scales its positions and the other does not, which is often an oversight."""
+    ours, theirs = rope_scaling(student), rope_scaling(teacher)
+    if ours == theirs:
+        return []
+    return [
+        f"The student's positions are scaled by {ours or 'nothing'}, the teacher's by {theirs or 'nothing'}. Unless "
+        "one of them has more native positions, they read the same document differently. Give both the same "
+        "`rope_parameters` and `max_position_embeddings`, in `model_init_kwargs` and in `teacher_model_init_kwargs`."
+    ]
+
+
+def sampler_scaling_problems(student: PreTrainedConfig, stored_student: PreTrainedConfig) -> list[str]:
+    """vLLM reads the configuration beside the weights, and sees nothing of `model_init_kwargs`."""
+    ours, theirs = rope_scaling(student), rope_scaling(stored_student)
+    if ours == theirs:
+        return []
+    return [
+        f"The student's positions are scaled by {ours or 'nothing'}, but its own configuration says "
+        f"{theirs or 'nothing'}, which is what vLLM reads: rollouts would be sampled by another model than is "
+        "trained. Start from a checkpoint that was saved with them, as the cold start of the 128K recipes is."
+    ]
