@@ -8,6 +8,7 @@ Every parameter is sharded, however small. The second rank's completions never e
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset
 
 
@@ -89,13 +89,13 @@ def roll_out(prompts: list, trainer: DGRPOTrainer) -> dict:
 
 
 def take_step(folder: Path, device: str) -> None:
-    state = PartialState(cpu=device == "cpu")
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = DGRPOTrainer(
         str(folder / "student"),
         lambda completions, **_: [float(len(completion) % 3) for completion in completions],
         DGRPOConfig(
-            str(folder / f"out{state.num_processes}"),
-            per_device_train_batch_size=NUM_ROWS // state.num_processes,
+            str(folder / f"out{num_processes}"),
+            per_device_train_batch_size=NUM_ROWS // num_processes,
             num_generations=4,
             max_completion_length=13,
             mask_truncated_completions=True,
@@ -113,8 +113,8 @@ def take_step(folder: Path, device: str) -> None:
         teacher_model=str(folder / "teacher"),
     )
     trainer.train()
-    if state.is_main_process:
-        (folder / f"log{state.num_processes}.json").write_text(json.dumps(trainer.state.log_history[0]))
+    if trainer.is_world_process_zero():
+        (folder / f"log{num_processes}.json").write_text(json.dumps(trainer.state.log_history[0]))
 
 
 if __name__ == "__main__":
