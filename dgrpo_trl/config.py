@@ -143,8 +143,8 @@ class DGRPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Leave the positions at which a completion ends out of the teacher term and its metrics: for a "
-            "teacher that ends with another token than the student. The GRPO term keeps them. Normalizers that count "
-            "the tokens of a batch ('dapo', 'cispo', 'vespo', 'dr_grpo') still count them."
+            "teacher that ends with another token than the student. The GRPO term keeps them, and the normalizer of "
+            "both terms counts them."
         },
     )
 
@@ -154,7 +154,7 @@ class DGRPOConfig(GRPOConfig):
         metadata={
             "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
             "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
-            "end a turn. Give it to every stage of a model, and to its evaluation."
+            "end a turn. Give it to every stage of a model."
         },
     )
 
@@ -430,7 +430,7 @@ class SFTScriptArguments(TrainingRunArguments):
         metadata={
             "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
             "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
-            "end a turn. Give it to every stage of a model, and to its evaluation."
+            "end a turn. Give it to every stage of a model."
         },
     )
 

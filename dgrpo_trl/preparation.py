@@ -65,8 +65,9 @@ def prepare(
     rollout_func: Callable | None,
     environment_factory: Callable | dict[str, Callable] | None,
     teacher_model: str | PreTrainedModel | None,
+    is_subclass: bool = False,
 ) -> PreparedRun:
-    """Checks the arguments of [`DGRPOTrainer`].
+    """Checks the arguments of [`DGRPOTrainer`], or of a subclass of it.
 
     Raises:
         ValueError, TypeError, NotImplementedError: See [`DGRPOTrainer`].
@@ -97,7 +98,8 @@ def prepare(
         args.world_size,
         tools,
         needs_prompts=environment_factory is None,
-        reward_funcs=reward_funcs if rollout_func is None else (),  # whose output has columns too
+        # What a `rollout_func` returns, and what a subclass adds, are columns too
+        reward_funcs=reward_funcs if rollout_func is None and not is_subclass else (),
     )
     for warning in findings.warnings:
         logger.warning(warning)

@@ -75,7 +75,7 @@ class TeacherTerm:
             divergences = divergences.clamp(max=self.args.distill_clip)
         return aggregate(
             divergences.masked_fill(self._taught(inputs) == 0, 0.0),
-            self.mask(inputs),
+            loss_mask(inputs),  # the normalizer of the GRPO term, so that a token weighs the same whatever is taught
             self.args.loss_type,
             self.args.max_completion_length,
             inputs["num_items_in_batch"].clamp(min=1) / self.num_processes / windows,

@@ -148,6 +148,7 @@ class DGRPOTrainer(CompleteCheckpoints, CheckedPrompts, GuardedRewards, ServerOu
             rollout_func,
             environment_factory,
             teacher_model,
+            is_subclass=type(self) is not DGRPOTrainer,
         )
         self._has_teacher = self._distills = run.teacher is not None  # until a schedule ends it
         self._positions = run.positions

@@ -48,6 +48,26 @@ def test_a_subclass_may_give_advantages_by_token(make_trainer, saved_teacher):
     assert trainer.state.global_step == 2
 
 
+class Lengths(DGRPOTrainer):
+    """Adds a column for its reward functions."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        inputs = [{**row, "num_tokens": len(ids)} for row, ids in zip(inputs, completion_ids_list, strict=True)]
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+def short_reward(completions, num_tokens, **kwargs):
+    return [-float(number) for number in num_tokens]
+
+
+def test_a_subclass_may_add_columns_for_its_rewards(make_trainer, saved_teacher):
+    trainer = make_trainer(Lengths, teacher_model=saved_teacher, reward_funcs=short_reward)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/short_reward/mean"] < 0
+    with pytest.raises(ValueError, match="no column 'num_tokens'"):
+        make_trainer(DGRPOTrainer, teacher_model=saved_teacher, reward_funcs=short_reward)
+
+
 class Recorder(TrainerCallback):
     """What a callback is told, and by whom."""
 

@@ -138,10 +138,10 @@ def test_the_end_is_in_the_teacher_term_or_not(make_trainer, make_model, loss_ty
     mask = inputs["completion_mask"].double()
     is_end = inputs["completion_ids"] == IM_END
     assert (is_end * mask).sum() == 3  # one completion was cut off
-    num_items = mask.sum()
+    normalized_by, num_items = mask, mask.sum()
     if masks:
         mask = mask * ~is_end
-    expected = reference.normalize(divergence, mask, loss_type, 8, num_items, 1)
+    expected = reference.normalize(divergence * mask, normalized_by, loss_type, 8, num_items, 1)
     torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-9, atol=1e-12)
     wanted = torch.autograd.grad(expected, list(trainer.model.parameters()))
     largest = max(w.abs().max().item() for w in wanted)

@@ -12,6 +12,8 @@ from dgrpo_trl.teacher_term import TeacherTerm
 
 B, T, MAX_LENGTH = 4, 5, 8
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+EOS = 2
+IDS = torch.tensor([[5, 6, EOS, 0, 0], [5, 5, 5, 5, 5], [EOS, 0, 0, 0, 0], [7, EOS, 0, 0, 0]])
 GATE = torch.tensor([1.0, 0.0, 1.0, 1.0])
 
 
@@ -22,6 +24,7 @@ def term(loss_type="dapo", **options):
             gradient_accumulation_steps=2, **options,
         ),
         num_processes=1,
+        eos_token_ids=[EOS],
     )  # fmt: skip
 
 
@@ -30,11 +33,16 @@ def micro_batch():
     divergences = torch.rand(B, T, generator=generator, dtype=torch.float64) * 2
     divergences[0, 4] = torch.nan  # behind the mask
     divergences.requires_grad_()
-    inputs = {"completion_mask": MASK, "num_items_in_batch": torch.tensor(40), "distill_gate": GATE}
+    inputs = {
+        "completion_ids": IDS,
+        "completion_mask": MASK,
+        "num_items_in_batch": torch.tensor(40),
+        "distill_gate": GATE,
+    }
     return inputs, types.SimpleNamespace(divergences=divergences)
 
 
-def naive(values, loss_type, gate, clip):
+def naive(values, loss_type, taught, clip):
     """Value and gradient, token by token, for two micro-batches of a step."""
     lengths = MASK.sum(-1).tolist()
     weights = {
@@ -48,7 +56,7 @@ def naive(values, loss_type, gate, clip):
     total, gradient = 0.0, torch.zeros(B, T, dtype=torch.float64)
     for row in range(B):
         for t in range(T):
-            if not MASK[row, t] or not gate[row]:
+            if not taught[row, t]:
                 continue
             value = values[row, t].item()
             total += weight(row) * min(value, clip)
@@ -58,13 +66,16 @@ def naive(values, loss_type, gate, clip):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("masks_end", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.7])
-def test_value_and_gradient_are_those_of_the_definition(loss_type, is_gated, clip):
+def test_value_and_gradient_are_those_of_the_definition(loss_type, is_gated, clip, masks_end):
     gate = {"distill_gate": "below_reward", "distill_gate_reward": 0.5} if is_gated else {}
     inputs, tokens = micro_batch()
-    value = term(loss_type, distill_clip=clip, **gate)(inputs, tokens, accumulation_steps=2)
+    value = term(loss_type, distill_clip=clip, distill_mask_eos=masks_end, **gate)(inputs, tokens, 2)
     value.backward()
-    expected = naive(tokens.divergences, loss_type, GATE if is_gated else torch.ones(B), clip or float("inf"))
+    taught = MASK * (IDS != EOS) if masks_end else MASK
+    taught = taught * GATE[:, None] if is_gated else taught
+    expected = naive(tokens.divergences, loss_type, taught, clip or float("inf"))
     assert value.item() == pytest.approx(expected[0], rel=1e-12)
     torch.testing.assert_close(tokens.divergences.grad, expected[1], rtol=1e-12, atol=1e-15)
 
