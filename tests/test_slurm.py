@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, build_model
-from test_distributed import ENVIRONMENT, free_port, needs_deepspeed
+from distributed_runs import ENVIRONMENT, extensions, free_port, needs_deepspeed
 
 
 SBATCH = ROOT / "recipes" / "slurm" / "train.sbatch"
@@ -125,9 +125,17 @@ def exit_code(job):
             process.kill()
 
 
+@pytest.fixture
+def deepspeed():
+    with extensions():
+        yield
+
+
 @pytest.mark.distributed
 @needs_deepspeed
-def test_a_job_whose_time_is_up_is_put_back_with_a_checkpoint_and_goes_on(slurm, tokenizer, saved_teacher, tmp_path):
+def test_a_job_whose_time_is_up_is_put_back_with_a_checkpoint_and_goes_on(
+    deepspeed, slurm, tokenizer, saved_teacher, tmp_path
+):
     build_model().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [{"prompt": [{"role": "user", "content": f"Number {i}?"}], "answer": str(i)} for i in range(12)]
