@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOTrainer
+from dgrpo_trl.cli import train_dgrpo
 from dgrpo_trl.run.checkpoints import CompleteCheckpoints, latest_checkpoint, mark_complete, resolve_checkpoint
 from dgrpo_trl.run.signals import EXIT_REQUEUE, StopOnSignal
 from dgrpo_trl.run.training import train_to_the_end
@@ -211,14 +211,27 @@ def stopping(completions, **kwargs):
 """
 
 
-def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(tokenizer, saved_teacher, tmp_path):
+def begin_a_process(monkeypatch, folder, requeue):
+    """What a new one would have: these variables, no others of wandb, and no module of an earlier test."""
+    for name in {"WANDB_RUN_ID", "WANDB_RESUME"} | {name for name in os.environ if name.startswith("WANDB_")}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("DGRPO_REQUEUE_FILE", str(requeue))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+
+
+def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(
+    tokenizer, saved_teacher, tmp_path, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
     build_model().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [{"prompt": [{"role": "user", "content": f"Number {i}?"}], "answer": str(i)} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARDS)
-    command = [
-        *(sys.executable, str(ROOT / "scripts" / "train_dgrpo.py")),
+    arguments = [
         *("--config", str(ROOT / "recipes" / "smollm2-135m" / "dgrpo" / "demo.yaml")),
         *("--model_name_or_path", "student", "--teacher_model_name_or_path", saved_teacher),
         *("--dataset_name", "rows.jsonl", "--reward_funcs", "my_rewards.stopping", "--output_dir", "out"),
@@ -226,21 +239,16 @@ def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(tokenizer
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     ]
     requeue = tmp_path / "requeue"
-    environment = {
-        **{
-            name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
-        },  # of another test's run
-        "DGRPO_REQUEUE_FILE": str(requeue),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-        "WANDB_MODE": "offline",
-    }
-    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert first.returncode == EXIT_REQUEUE, first.stderr[-3000:]
+    begin_a_process(monkeypatch, tmp_path, requeue)
+    with pytest.raises(SystemExit) as exit:
+        train_dgrpo.main(arguments)
+    assert exit.value.code == EXIT_REQUEUE
     assert requeue.exists() and not (tmp_path / "out" / "model.safetensors").exists()
     run_id = (tmp_path / "out" / "wandb_run_id.txt").read_text().strip()
     requeue.unlink()
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr[-3000:]
+    wandb.finish()
+    begin_a_process(monkeypatch, tmp_path, requeue)
+    train_dgrpo.main(arguments)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and not requeue.exists()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
