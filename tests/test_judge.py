@@ -157,6 +157,7 @@ def test_a_refused_key_or_model_raises_with_the_server_and_what_to_do(judge_rows
 def test_requests_that_are_all_rejected_raise_and_one_that_is_rejected_gets_none(judge_rows):
     with serving(lambda request, times: Fault(400) if "Rome" in prompt_of(request) else CORRECT) as server:
         assert judge_rows(judge_at(server), ["Paris, France", "Rome"]) == [1.0, None]
+    with serving(lambda request, times: Fault(400)) as server:
         with pytest.raises(ServerRefused, match="status 400"):
             judge_rows(judge_at(server), [f"Rome {n}" for n in range(8)])
 

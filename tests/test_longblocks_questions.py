@@ -27,7 +27,7 @@ class Model:
         self.reply, self.prompts, self.samples = reply, [], []
         self.config = SimpleNamespace(model=name, temperature=temperature)
 
-    async def complete(self, messages, *, max_tokens, schema=None, sample=0):
+    async def complete(self, messages, *, max_tokens, schema=None, sample=0, is_usable=None):
         self.prompts.append(messages[0]["content"])
         self.samples.append(sample)
         await asyncio.sleep(random.random() / 500)  # replies come in any order

@@ -22,7 +22,7 @@ class Teacher:
     def __init__(self, name, reply):
         self.config, self.reply, self.asked = SimpleNamespace(model=name, temperature=None), reply, []
 
-    async def complete(self, messages, *, max_tokens, schema=None, sample=0):
+    async def complete(self, messages, *, max_tokens, schema=None, sample=0, is_usable=None):
         self.asked.append((messages, max_tokens, sample))
         for _ in range(len(self.config.model)):
             await asyncio.sleep(0)

@@ -35,7 +35,7 @@ class Model:
     def samples(self):
         return [sample for _, sample in self.asked]
 
-    async def complete(self, messages, *, max_tokens, schema=None, sample=0):
+    async def complete(self, messages, *, max_tokens, schema=None, sample=0, is_usable=None):
         prompt = messages[0]["content"]
         self.asked.append((prompt, sample))
         for _ in range(max(0, 20 - sample)):

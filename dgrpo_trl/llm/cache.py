@@ -1,10 +1,10 @@
-"""Replies kept in an SQLite file, so that each is paid for once."""
+"""Replies kept in an SQLite file, so that each is paid for once, except those in flight when a process dies."""
 
 import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # How long another process may hold the file
 _MAX_LOCKED_SECONDS = 60
+# A short wait: a lock must not hold up the event loop
+_BUSY_MILLISECONDS = 10
 _CREATE_TABLES = """\
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS replies (
@@ -28,6 +30,10 @@ CREATE INDEX IF NOT EXISTS failures_by_key ON failures (key);
 COMMIT;
 """
 _SELECT_REPLY = "SELECT text, thinking, finish_reason, model FROM replies WHERE key = ?"
+_SELECT_STREAK = """\
+SELECT key, reason FROM failures
+WHERE unix_seconds > COALESCE((SELECT unix_seconds FROM replies ORDER BY rowid DESC LIMIT 1), 0)
+"""
 _SELECT_FAILURES = "SELECT reason, detail FROM failures WHERE key = ? ORDER BY rowid"
 
 
@@ -87,11 +93,18 @@ class RequestCache:
         """Keeps a reply: it is in the file when this returns."""
         content = (completion.text, completion.thinking, completion.finish_reason, completion.model)
         row = (key, *content, prompt_tokens, completion_tokens, time.time())
-        await self._insert("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        await self._insert("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     async def put_failure(self, key: str, reason: str, detail: str) -> None:
         """Keeps that a reply could not be used, and why."""
         await self._insert("INSERT INTO failures VALUES (?, ?, ?, ?)", (key, reason, detail, time.time()))
+
+    def failures_since_last_reply(self, reasons: Sequence[str]) -> list[str]:
+        """Keys of the failures for one of these reasons since the last reply, one for each; of this file alone."""
+        try:
+            return [key for key, reason in self._database.execute(_SELECT_STREAK) if reason in reasons]
+        except sqlite3.Error as error:
+            raise self._error("read", error) from error
 
     async def _insert(self, statement: str, row: tuple[Any, ...]) -> None:
         give_up_at = time.monotonic() + _MAX_LOCKED_SECONDS
@@ -107,10 +120,22 @@ class RequestCache:
 
     def forget_failures(self, reasons: Sequence[str]) -> None:
         """Lets requests that failed for one of these reasons be sent again; in this file alone."""
-        marks = ", ".join("?" * len(reasons))
+        self._delete("failures WHERE reason = ?", ((reason,) for reason in reasons))
+
+    def forget_requests(self, keys: Iterable[str], reasons: Sequence[str]) -> None:
+        """Lets these requests be sent again if they failed for one of these reasons; in this file alone."""
+        self._delete("failures WHERE key = ? AND reason = ?", ((key, reason) for key in keys for reason in reasons))
+
+    def forget_replies(self, keys: Iterable[str]) -> None:
+        """Lets these requests be sent again though they have replies; in this file alone."""
+        self._delete("replies WHERE key = ?", ((key,) for key in keys))
+
+    def _delete(self, what: str, parameters: Iterable[tuple[str, ...]]) -> None:
+        """Deletes rows, for each of the `parameters`."""
         try:
             self._database.execute(f"PRAGMA busy_timeout = {1000 * _MAX_LOCKED_SECONDS}")
-            self._database.execute(f"DELETE FROM failures WHERE reason IN ({marks})", tuple(reasons))
+            self._database.executemany(f"DELETE FROM {what}", parameters)
+            self._database.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
         except sqlite3.Error as error:
             raise self._error("written", error) from error
 
@@ -130,8 +155,7 @@ class RequestCache:
 
 
 def _open_cache(path: Path) -> sqlite3.Connection:
-    # A short wait: a lock must not hold up the event loop
-    database = sqlite3.connect(path, timeout=0.01, isolation_level=None)
+    database = sqlite3.connect(path, timeout=_BUSY_MILLISECONDS / 1000, isolation_level=None)
     give_up_at = time.monotonic() + _MAX_LOCKED_SECONDS
     while True:
         try:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..extras import import_extra
+from .endings import is_normal_end, is_refusal, split_reasoning
 from .failures import RequestFailed, Retryable
 
 
 _VERDICT = re.compile(r"\W*verdict\b.*", re.I)
+_TOOL_ENDS = ("tool_calls", "tool_call", "tool_use", "function_call")
 
 
 @dataclass(frozen=True)
@@ -27,39 +29,62 @@ def parse_reply(reply: Any, model: str) -> tuple[Completion, int, int]:
     try:
         choice = (reply.get("choices") or [None])[0]
         if choice is None:
-            raise Retryable("empty_reply", f"no choice: {reply.get('error')}"[:200])
+            raise Retryable("empty_reply", f"no choice: {reply!r}"[:200])
         message, finish_reason = choice["message"], str(choice.get("finish_reason"))
-        text, refusal = message.get("content"), message.get("refusal")
-        thinking = message.get("reasoning") or message.get("reasoning_content")
+        text, refusal, calls = message.get("content"), message.get("refusal"), message.get("tool_calls")
+        thinking = message.get("reasoning") or message.get("reasoning_content") or message.get("thinking")
         usage = reply.get("usage") or {}
-        prompt_tokens, completion_tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+        prompt_tokens = sum(
+            usage.get(name) or 0
+            for name in ("prompt_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+        )
+        completion_tokens = usage.get("completion_tokens") or 0
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise Retryable("malformed_reply", f"{reply!r:.200} is no chat completion") from error
-    if finish_reason == "content_filter" or refusal:
+    if is_refusal(finish_reason) or refusal:
         raise RequestFailed("refused_content", str(refusal or finish_reason)[:200])
-    if finish_reason == "length":
-        raise Retryable("truncated", str(text)[-200:])
-    if text is None and message.get("tool_calls"):
-        raise Retryable("malformed_reply", "a tool was called")
+    if isinstance(text, list):
+        text, thinking = _join_parts(text, thinking)
     if not isinstance(text, str | None) or not isinstance(thinking, str | None):
         raise Retryable("malformed_reply", f"content is {type(text).__name__}")
-    text, thinking = _split_thinking(encodable(text or ""), encodable(thinking or ""))
-    if not text:
+    if finish_reason in _TOOL_ENDS or (text is None and calls):
+        raise Retryable("malformed_reply", "a tool was called")
+    if not is_normal_end(finish_reason):
+        raise Retryable("truncated", f"finish_reason {finish_reason!r}: {str(text)[-200:]}")
+    answer, shown = split_reasoning(encodable(text or ""), encodable(thinking or ""))
+    if not answer:
+        if shown:
+            raise Retryable("reasoning_only", f"no `content`, but reasoning that ends with {shown[-200:]!r}")
         raise Retryable("empty_reply", "no text")
-    completion = Completion(text, thinking, encodable(finish_reason), encodable(str(reply.get("model") or model)))
+    completion = Completion(answer, shown, encodable(finish_reason), encodable(str(reply.get("model") or model)))
     return completion, prompt_tokens, completion_tokens
 
 
-def _split_thinking(text: str, thinking: str) -> tuple[str, str | None]:
-    """The answer, and the reasoning before it; the tag that opens it may stand in the template instead."""
-    if thinking:  # the server has split it: a tag in the answer is the answer's
-        return text.strip(), thinking.strip()
-    thinking, closing, answer = text.rpartition("</think>")
-    if "<think>" in answer:
-        raise Retryable("truncated", "ends within its reasoning")
-    if not closing:
-        return text.strip(), None
-    return answer.strip(), thinking.replace("<think>", "", 1).strip()
+def _join_parts(parts: list[Any], thinking: Any) -> tuple[str, Any]:
+    """Text and reasoning of `content` that is a list of parts."""
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal":
+            raise RequestFailed("refused_content", str(part.get("refusal"))[:200])
+        if kind in ("text", "output_text") and isinstance(part.get("text"), str):
+            texts["text"].append(part["text"])
+        elif kind in ("thinking", "reasoning"):
+            inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
+            texts["thinking"].append(inner if isinstance(inner, str) else _join_parts(inner, None)[0])
+        elif kind != "redacted_thinking":
+            raise Retryable("malformed_reply", f"content has the part {part!r:.200}")
+    return "".join(texts["text"]), thinking or "".join(texts["thinking"]) or None
+
+
+def is_still_an_answer(completion: Completion) -> bool:
+    """Whether a reply that was kept, perhaps by an earlier version, passes for an answer today."""
+    if not is_normal_end(completion.finish_reason):
+        return False
+    try:
+        return split_reasoning(completion.text, completion.thinking or "")[0] == completion.text
+    except Retryable:
+        return False
 
 
 def encodable(text: str) -> str:

@@ -7,11 +7,14 @@ import anyio
 
 
 class Slots:
-    """A limiter whose size follows the server: halved when it is busy, and slowly raised again to its maximum."""
+    """A limiter whose size follows the server: halved when it is busy, and slowly raised again to its maximum.
 
-    def __init__(self, max_size: int):
-        self._limiter = anyio.CapacityLimiter(max_size)
-        self._max_size, self._size = max_size, float(max_size)
+    Until [`open`] is called it is `first_size` at most.
+    """
+
+    def __init__(self, max_size: int, first_size: int):
+        self._max_size, self._size = max_size, float(min(first_size, max_size))
+        self._limiter = anyio.CapacityLimiter(int(self._size))
         self._halved_at = self._paused_until = 0.0
 
     async def __aenter__(self) -> None:
@@ -36,6 +39,11 @@ class Slots:
         if sent_at > self._halved_at:
             self._halved_at = time.monotonic()
             self._resize(max(1.0, self._size / 2))
+
+    def open(self) -> None:
+        """Raises the size to its maximum, unless the server is busy."""
+        if self._halved_at == 0:
+            self._resize(self._max_size)
 
     def grow(self) -> None:
         self._resize(min(self._max_size, self._size + 1 / self._size))

@@ -1,11 +1,11 @@
 """Why something was left out, see `reasons.yaml`; [`Store`] refuses a reason that is missing there."""
 
 from ..files import read_table
+from ..llm.failures import REQUEST_REASONS
 
 
 _TABLES = read_table(__package__, "reasons.yaml")
 REASONS: dict[str, dict[str, str]] = _TABLES["stages"]
-REQUEST_REASONS: dict[str, bool] = _TABLES["requests"]
 READING_REASONS: dict[str, str] = _TABLES["reading"]
 
 

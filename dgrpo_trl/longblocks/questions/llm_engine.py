@@ -121,7 +121,11 @@ class LLMEngine:
         for sample in range(1 if self.client.config.temperature == 0 else self.config.max_draws):
             try:
                 completion = await self.client.complete(
-                    messages, max_tokens=self.config.max_tokens, schema=_SCHEMA, sample=sample
+                    messages,
+                    max_tokens=self.config.max_tokens,
+                    schema=_SCHEMA,
+                    sample=sample,
+                    is_usable=lambda text: isinstance(self._read(document, task, shown, text, drop), Row),
                 )
             except RequestFailed as error:
                 result = drop(error.reason, error.detail)

@@ -21,6 +21,7 @@ whether they are the same.
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -233,18 +234,28 @@ class Verifier:
 
     async def _verdict(self, prompt: str, accept: str, reject: str) -> bool | None:
         """The judge's verdict; `None` if it never gave one in the agreed form."""
+
+        def is_verdict(text: str) -> bool:
+            with suppress(ValueError):
+                parse_verdict(text, accept, reject)
+                return True
+            return False
+
         for sample in range(self.config.num_verdicts):
-            reply = await self._ask(self.judge, prompt, sample)
-            try:
+            reply = await self._ask(self.judge, prompt, sample, is_verdict)
+            if is_verdict(reply):
                 return parse_verdict(reply, accept, reject)
-            except ValueError:
-                continue
         return None
 
-    async def _ask(self, client: ChatClient | None, prompt: str, sample: int) -> str:
+    async def _ask(
+        self, client: ChatClient | None, prompt: str, sample: int, is_usable: Callable[[str], bool] | None = None
+    ) -> str:
         assert client is not None  # the configuration names one where a check asks it
         messages = [{"role": "user", "content": prompt}]
-        return (await client.complete(messages, max_tokens=self.config.max_tokens, sample=sample)).text
+        completion = await client.complete(
+            messages, max_tokens=self.config.max_tokens, sample=sample, is_usable=is_usable
+        )
+        return completion.text
 
 
 async def _gather(draws: Iterable[Awaitable[Any]]) -> list[Any]:
