@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from chat_server import FAULTS, ChatServer
+from chat_server import FAULTS, ChatServer, Fault
 
 from dgrpo_trl.cli.build_longblocks import main
 from dgrpo_trl.longblocks import STAGES, Builder, load_config, load_longblocks, reasons
@@ -453,6 +453,31 @@ def test_what_a_fault_left_out_can_be_asked_again(fault, tmp_path):
         second = build(config, tmp_path / "out", STAGES[:4], retry_failed=True)
         assert second["stages"]["questions"] == {"kept": 12, "dropped": {}}
         assert len(server.requests) == num_asked + 12
+
+
+@pytest.mark.parametrize("status", [402, 401, 400])
+def test_a_build_that_a_server_refuses_to_go_on_with_resumes_all_of_it(status, tmp_path):
+    """Money, key, or a parameter that the server no longer takes: no row is lost, and none is asked for twice."""
+    max_answers, answered = 20, Counter()
+
+    def reply(request, times):
+        with lock:
+            if answered.total() >= max_answers:
+                return Fault(status, b'{"error": {"message": "no"}}')
+            answered[json.dumps(request, sort_keys=True)] += 1
+        return write_reply(request, times)
+
+    lock = threading.Lock()
+    with ChatServer(reply) as server:
+        config = write_config(tmp_path, write_documents(tmp_path, 12), **{**QUICK, **llm_sections(server.url)})
+        for _ in range(2):  # in `questions`, then in `responses`
+            with pytest.raises(RuntimeError, match=f"status {status}.*run again"):
+                build(config, tmp_path / "out", STAGES[:6])
+            max_answers += 15
+        max_answers = 1000
+        stages = build(config, tmp_path / "out", STAGES[:6])["stages"]
+    assert stages["questions"] == {"kept": 24, "dropped": {}} and stages["responses"] == {"kept": 24, "dropped": {}}
+    assert max(answered.values()) == 1 and len(answered) == 48
 
 
 def test_a_poor_writer_is_rejected_row_by_row(tmp_path):
