@@ -25,14 +25,23 @@ SPLIT = {"max_tokens_per_micro_batch": 40}
 CUT_GROUPS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "num_generations": 2}
 # No pair to compare shared with plain forwards, on one rank
 ONE_RANK_MASKED = {"no_end": [1], "mask_truncated_completions": True}
+# The teacher is let go after two of the three steps, and the rewards begin
+SCHEDULED = {
+    "distill_scheduler_type": "plateau",
+    "distill_scheduler_kwargs": {"patience": 1, "min_delta": 9.0},
+    "distill_gate_reward": 3.0,
+    **{"reward_start": "switch", "distill_gate": "below_reward", "distill_mask_eos": True, "distill_clip": 3.0},
+}
 EQUAL_TO_ONE = {
     "ddp": {
+        "scheduled": SCHEDULED,
         "dapo": {"loss_type": "dapo"},
         "grpo unshared": {"loss_type": "grpo", "shared_prefix": "off"},
         "split": SPLIT,
     },
     "fsdp2": {
         "split": SPLIT,
+        "scheduled": SCHEDULED,
         "cut groups": {**CUT_GROUPS, "shared_prefix": "on"},
         "one rank masked": {**ONE_RANK_MASKED, **SPLIT},
         "unshared, evaluates": {"shared_prefix": "off", "evaluates": 8},
@@ -46,6 +55,8 @@ EQUAL_TO_ONE = {
         # One rank has no row of its own
         "unshared, tiles, evaluates 1": {"shared_prefix": "off", "tile_tokens": 3, "evaluates": 1},
         "split, offload": {**SPLIT, "teacher_offload": "cpu"},
+        "scheduled": SCHEDULED,
+        "scheduled, offload": {**SCHEDULED, "teacher_offload": "cpu"},
         "cut groups": {**CUT_GROUPS, "shared_prefix": "on"},
         "lora": {"lora": True},
         "lora, base": {"lora": True, "teacher": "base"},
