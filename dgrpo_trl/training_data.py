@@ -13,6 +13,7 @@ from .checks import raise_problems
 from .config import LongBlocksArguments
 from .data_loading import AnyDataset, MissingSplitError, load_rows, require_columns
 from .longblocks import load_conversations, load_longblocks, mix_short_and_long, split_by_id
+from .longblocks.read.documents import COLUMNS
 from .longblocks.read.rows import TokenBudget, is_empty
 from .row_checks import prompt_column_problems, prompt_problems
 
@@ -65,14 +66,18 @@ def load_training_data(
     reader = _Reader(args, tokenizer, completion_column, chat_template_kwargs or {}, keep_special_tokens)
     train, test = reader.long_rows(args.dataset_name, args.dataset_train_split), None
     if args.test_share > 0:
-        column = next((c for c in ("document_sha256", "id") if c in (train.column_names or ())), None)
-        if column is None:
+        if not set(COLUMNS) & set(train.column_names or ()):
             raise ValueError(
-                f"`test_share` is {args.test_share}, but the rows have no column 'id'. Documents are held out by a "
-                "hash of it. Add one, or set `test_share: 0`."
+                f"`test_share` is {args.test_share}, but the rows have no column 'id' or 'document_id'. Documents are "
+                "held out by a hash of it. Add one, or set `test_share: 0`."
             )
-        sides = split_by_id(train, args.test_share, seed, column)
+        sides = split_by_id(train, args.test_share, seed)
         train, test = sides["train"], sides["test"] if with_test else None
+        if isinstance(test, Dataset) and len(test) == 0:
+            raise ValueError(
+                f"`test_share` is {args.test_share}, which holds none of the documents of {args.dataset_name!r} out. "
+                "All rows of a document are held out together. Raise it, or give `eval_dataset_name`."
+            )
     elif with_test:
         test = reader.rows_to_evaluate()
     if completion_column is not None:

@@ -43,6 +43,9 @@ def record(**changes):
         "response_Qwen3.5-27B": "R",
         "task": "two_hop",
         "evidence": [{"block": "b", "start": 0, "end": 2}, {"block": "c", "start": 2, "end": 4}],
+        "document_id": "d",
+        "document_start": 0,
+        "document_end": 4,
         "document_sha256": "0",
         "checks": [{"name": "grounded", "passed": True, "score": 0.5, "reason": ""}],
     }

@@ -90,7 +90,7 @@ def test_every_form_of_the_published_set_gives_the_same_training_rows(tmp_path, 
         name = rows
     made = load_longblocks(name, streaming=streaming)
     assert isinstance(made, IterableDataset if streaming else Dataset)
-    assert set(made.column_names) == {*row(), "prompt"}
+    assert set(made.column_names) == {*row(), "document_id", "prompt"}
     made = list(made)
     assert [made_row["prompt"] for made_row in made] == [
         user(f"{DOCUMENT}\n\nHow many wheels?"),
@@ -118,7 +118,7 @@ def test_a_response_column_becomes_the_completion_of_the_cold_start(streaming):
     rows = Dataset.from_list([our_row(), our_row(id="b", **{RESPONSE: None}), our_row(id="c", answer="")])
     counts = DropCounts()
     made = load_longblocks(rows, streaming=streaming, completion_column=RESPONSE, keep_document=False, counts=counts)
-    assert set(made.column_names) == {*our_row(), "prompt", "completion"} - {"document"}
+    assert set(made.column_names) == {*our_row(), "document_id", "prompt", "completion"} - {"document"}
     made = list(made)
     assert [made_row["id"] for made_row in made] == ["a", "c"]
     assert made[0]["completion"] == [{"role": "assistant", "content": "It has 12."}]

@@ -60,7 +60,7 @@ def test_columns_are_the_published_ones_in_their_order_and_then_ours():
     assert names == [
         *("id", "document", "source", "language", "question", "answer"),
         *("response_Qwen3-Next-80B-A3B", "response_Qwen3.5-27B", "response_Nemotron-3-Nano-30B-A3B"),
-        *("task", "evidence", "document_sha256", "checks"),
+        *("task", "evidence", "document_id", "document_start", "document_end", "document_sha256", "checks"),
     ]
     assert all(str(published_schema().field(name).type) == "string" for name in ("id", "document", "task"))
 
@@ -84,12 +84,17 @@ def test_a_row_is_published_with_its_document_evidence_and_checks():
         "response_Qwen3.5-27B": "Zwei.",
         "task": "lookup",
         "evidence": [{"block": "b", "start": 8, "end": 12}],
+        "document_id": row.document_id,
+        "document_start": 0,
+        "document_end": len(DOCUMENT.text),
         "document_sha256": hashlib.sha256(DOCUMENT.text.encode()).hexdigest(),
         "checks": [{"name": "grounded", "passed": True, "score": 0.5, "reason": "stated"}],
     }
     own_text = published_record(make_row(document=DOCUMENT, **{"question": "?"}), DOCUMENT)
     assert own_text["document"] == DOCUMENT.text and "response_Qwen3.5-27B" not in own_text
-    written = published_record(Row(**{**vars(make_row()), "document": "Other text."}), DOCUMENT)
+    window = {"document": "Other text.", "start": 3, "end": 9}
+    written = published_record(Row(**{**vars(make_row()), **window}), DOCUMENT)
+    assert (written["document_start"], written["document_end"]) == (3, 9)
     assert written["document"] == "Other text."
     assert written["document_sha256"] == hashlib.sha256(b"Other text.").hexdigest()
 

@@ -19,6 +19,8 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def longblocks(tmp_path):
     rows = [our_row(id=f"r{i}", question=f"How many wheels has mill {i}?", document_sha256=None) for i in range(40)]
+    for number, long_row in enumerate(rows):
+        long_row["document"] += f" This is document {number // 2}."
     rows[0]["document"] = None
     return str(write_jsonl(tmp_path / "long.jsonl", rows))
 
@@ -74,6 +76,8 @@ def test_held_out_documents_are_apart_and_the_same_every_time(longblocks, conver
     again, _ = load_training_data(args, tokenizer)
     ids = {row["id"] for row in train if row["id"] is not None}
     assert ids and not ids & set(test["id"]) and len(ids | set(test["id"])) <= 39
+    documents = {row["document_id"] for row in train if row["document_id"] is not None}
+    assert documents.isdisjoint(test["document_id"])
     assert all(not row["prompt"][0]["content"].startswith("Say") for row in test)
     assert [row["prompt"] for row in again] == [row["prompt"] for row in train]
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat import escape_messages
 from ..data_loading import DropCounts, require_columns
+from ..longblocks.read.documents import document_key
 from ..rewards import normalize_answer
 from ..training_data import load_questions
 from .arguments import EvaluationArguments
@@ -85,7 +86,8 @@ def question_samples(
     Args:
         rows (iterable of `dict`):
             Rows of [`load_longblocks`], with messages in `prompt_column`, `answer` (a text, or several, any of them
-            correct), `id`, and optionally `task` (default `"questions"`) and `document_sha256` or `document`.
+            correct), `id`, and optionally `task` (default `"questions"`), `document_id`,
+            and `document_sha256` or `document`. Samples of one document have one [`Sample.document`].
 
     Raises:
         ValueError: If there are no lengths, no row is left, or the tokenizer has no chat
@@ -108,9 +110,9 @@ def question_samples(
         counts.add(reason)
         if reason is not None:
             continue
-        task, document = row.get("task") or "questions", row.get("document_sha256")
-        if not document:
-            document = hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
+        task, text = row.get("task") or "questions", row.get("document_sha256")
+        if not text:
+            text = hashlib.sha256(row["document"].encode()).hexdigest() if row.get("document") else None
         number = "" if num_of_id[row["id"]] == 1 else f"-{num_of_id[row['id']]}"
         cells[task, lengths[index]].append(
             Sample(
@@ -120,7 +122,8 @@ def question_samples(
                 references=references,
                 max_new_tokens=max_new_tokens,
                 num_tokens=num_tokens,
-                shared_with=document,
+                shared_with=text,
+                document=document_key(row),
             )
         )
     if counts.reasons:

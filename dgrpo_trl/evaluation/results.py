@@ -46,6 +46,7 @@ def score_cell(cell: Cell, samples: Sequence[Sample], completions: Sequence[str]
             "completion": text,
             "references": list(sample.references),
             "num_tokens": sample.num_tokens,
+            **({} if sample.document is None else {"document": sample.document}),
         }
         for sample, text, score in zip(samples, completions, scores, strict=True)
     ]

@@ -17,6 +17,7 @@ class Sample:
     max_new_tokens: int
     num_tokens: int  # of the prompt as the model reads it, see [`prompt_text`]
     shared_with: str | None = None  # samples with the same value begin with the same long text, to be run once
+    document: str | None = None  # samples with the same value are of one document, and not independent
 
 
 def prompt_text(messages: list[dict], answer_prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:

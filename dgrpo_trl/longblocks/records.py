@@ -67,6 +67,8 @@ class Row:
     task: str  # kind of question
     evidence: tuple[Evidence, ...]  # offsets count in `document`, or in the source document's text
     document: str | None = None  # the text to read, where it is not that of the source document as it is
+    start: int | None = None  # of that text in the source document, before anything was written into it
+    end: int | None = None
     checks: tuple[Check, ...] = ()
     responses: dict[str, str] = field(default_factory=dict)  # of teachers, by the name of the model
 

@@ -73,6 +73,9 @@ def published_schema(models: Sequence[str] = ()) -> pa.Schema:
         [
             *((name, pa.string()) for name in text),
             ("evidence", EVIDENCE_TYPE),
+            ("document_id", pa.string()),
+            ("document_start", pa.int64()),
+            ("document_end", pa.int64()),
             ("document_sha256", pa.string()),
             ("checks", CHECKS_TYPE),
         ]
@@ -100,6 +103,9 @@ def published_record(
         **{response_column(model): row.responses.get(model) for model in models},
         "task": row.task,
         "evidence": [vars(evidence) for evidence in row.evidence],
+        "document_id": row.document_id,
+        "document_start": row.start if row.document is not None else 0,
+        "document_end": row.end if row.document is not None else len(document.text),
         "document_sha256": document.sha256 if row.document is None else hashlib.sha256(text.encode()).hexdigest(),
         "checks": [vars(check) for check in row.checks],
     }

@@ -46,6 +46,7 @@ ROW_SCHEMA = pa.schema(
     {
         **_text("id", "document_id", "source", "language", "question", "answer", "task"),
         **{"evidence": EVIDENCE_TYPE, "document": pa.large_string(), "checks": CHECKS_TYPE},
+        **dict.fromkeys(("start", "end"), pa.int64()),
         "responses": pa.string(),  # JSON: the models are not known to the schema
     }
 )
@@ -83,7 +84,8 @@ def row_record(row: Row) -> dict[str, Any]:
 
 
 def row_of(record: dict[str, Any]) -> Row:
-    values = {field.name: record[field.name] for field in dataclasses.fields(Row)}
+    # Parts that an earlier version wrote lack what rows did not have then
+    values = {field.name: record[field.name] for field in dataclasses.fields(Row) if field.name in record}
     values["evidence"] = tuple(Evidence(**evidence) for evidence in values["evidence"])
     values["checks"] = tuple(Check(**check) for check in values["checks"])
     values["responses"] = json.loads(values["responses"])

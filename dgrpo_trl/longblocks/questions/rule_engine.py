@@ -180,6 +180,8 @@ class RuleEngine:
                     Evidence(row_blocks[i].id, row_blocks[i].start, row_blocks[i].end) for i in sorted(draft.evidence)
                 ),
                 document=text,
+                start=chosen[0].start,
+                end=chosen[-1].end,
             )
         return drop("no_fit", f"{task} in {length or num_tokens} tokens")
 

@@ -3,7 +3,8 @@
 import bisect
 import itertools
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from random import Random
@@ -12,7 +13,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
 
 from ...text import hash_share
-from .rows import check_columns
+from .documents import COLUMNS, document_key
+from .rows import ROWS_IN_MEMORY, check_columns
 
 
 logger = logging.getLogger(__name__)
@@ -139,34 +141,70 @@ def _mixed_rows(
 
 
 def split_by_id(
-    dataset: Dataset | IterableDataset, test_share: float, seed: int = 0, column: str = "id"
+    dataset: Dataset | IterableDataset, test_share: float, seed: int = 0, column: str | None = None
 ) -> DatasetDict | IterableDatasetDict:
     """Splits by a hash: a row falls on the same side on every machine, whatever other rows there are.
+
+    All rows of a document fall on one side. It is told by `document_id`, which sets that are built here and the rows
+    of [`load_longblocks`] have; else by the text of `document`, but for case, white space and punctuation, as in the
+    published set, whose rows have ids of their own; else by `document_sha256`, else by `id`.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows.
         test_share (`float`), seed (`int`, *optional*, defaults to `0`):
-            Expected share of `"test"`, between 0 and 1; another seed gives another split.
-        column (`str`, *optional*, defaults to `"id"`):
-            Column to hash. With `"document_sha256"`, no document has questions on both sides.
+            Expected share of the documents in `"test"`, between 0 and 1; another seed gives another split.
+        column (`str`, *optional*):
+            Column to hash instead. With `"id"`, rows of one document may stand on both sides.
 
     Raises:
-        ValueError: If the share is not between 0 and 1.
+        ValueError: If the share is not between 0 and 1, or there is no column to tell documents by.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"`test_share` is {test_share}. Both sides are to have rows. Choose between 0 and 1.")
 
-    def is_test(value: Any) -> bool:
-        return hash_share(str(value), seed) < test_share
+    columns = [name for name in COLUMNS if name in (dataset.column_names or COLUMNS)]
+    if column is None and not columns:
+        raise ValueError(
+            f"The rows have none of the columns {', '.join(COLUMNS)}. Rows of one document are held out together, by "
+            "a hash of it. Add one, or name another `column`."
+        )
+
+    def key_of(row: dict[str, Any]) -> str:
+        return document_key(row) if column is None else str(row[column])
+
+    def is_test(row: dict[str, Any]) -> bool:
+        return hash_share(key_of(row), seed) < test_share
 
     if isinstance(dataset, IterableDataset):
         sides = {
-            "train": dataset.filter(lambda row: not is_test(row[column])),
-            "test": dataset.filter(lambda row: is_test(row[column])),
+            "train": dataset.filter(lambda row: not is_test(row)),
+            "test": dataset.filter(is_test),
         }
         return IterableDatasetDict(sides)
+    keys = _keys(dataset, key_of, columns if column is None else [column])
     sides = {"train": [], "test": []}
-    for index, value in enumerate(dataset[column]):
-        sides["test" if is_test(value) else "train"].append(index)
+    for index, key in enumerate(keys):
+        sides["test" if hash_share(key, seed) < test_share else "train"].append(index)
+    if column is None:
+        _log_groups(Counter(keys), {keys[index] for index in sides["test"]})
     return DatasetDict({name: dataset.select(indices) for name, indices in sides.items()})
+
+
+def _keys(dataset: Dataset, key_of: Callable[[dict[str, Any]], str], columns: list[str]) -> list[str]:
+    """The keys of all rows, a few of which are in memory at a time."""
+    batches = dataset.select_columns(columns).iter(batch_size=ROWS_IN_MEMORY)
+    return [
+        key_of(dict(zip(batch, values, strict=True)))
+        for batch in batches
+        for values in zip(*batch.values(), strict=True)
+    ]
+
+
+def _log_groups(num_rows: Counter[str], held_out: set[str]) -> None:
+    merged = [number for number in num_rows.values() if number > 1]
+    logger.info(
+        f"{num_rows.total():,} rows are of {len(num_rows):,} documents: {sum(merged):,} rows were merged into "
+        f"{len(merged):,} groups that share a document. {len(held_out):,} documents are held out, with "
+        f"{sum(num_rows[key] for key in held_out):,} rows."
+    )

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from ...data_loading import DropCounts
 from .books import BookCache, filled_cache
+from .documents import document_key
 from .rows import MESSAGES_FEATURE, Messages, TokenBudget, check_columns, is_empty, read_rows, select_and_map
 
 
@@ -53,7 +54,11 @@ class _QuestionReader:
 
     def training_row(self, row: dict[str, Any]) -> dict[str, Any]:
         document = self._document(row)
-        made: dict[str, Any] = {"document": document, "prompt": self._prompt(document, row["question"])}
+        made: dict[str, Any] = {
+            "document": document,
+            "document_id": document_key({**row, "document": document}),
+            "prompt": self._prompt(document, row["question"]),
+        }
         if self.is_completion:
             return {**made, "completion": [{"role": "assistant", "content": str(row[self.text_column])}]}
         if "evidence" in row:
@@ -108,6 +113,8 @@ def load_longblocks(
     - `prompt`: conversational, the document and then the question, in one user message.
     - `teacher_prompt`: the same with only the evidence in place of the document, for the trainer's teacher. Only where
       the set records evidence, and `None` in rows without; not with `completion_column`.
+    - `document_id`: names the document, so that rows of one are held out together; where the set has none, by the text
+      of the document, see [`split_by_id`].
     - `completion`: conversational, the text of `completion_column`, if that is given: TRL's form for `SFTTrainer`.
 
     Documents that the set may not hold are joined from the pages of `books`, and checked against the `document_sha256`
@@ -159,7 +166,8 @@ def load_longblocks(
             f"`prompt_template` has the fields {fields}. A prompt holds the document and the question, once each. "
             "Write `{document}` and `{question}` in it, and double other braces."
         )
-    features = Features({**rows.features, "document": Value("string"), "prompt": MESSAGES_FEATURE})
+    texts = dict.fromkeys(("document", "document_id"), Value("string"))
+    features = Features({**rows.features, **texts, "prompt": MESSAGES_FEATURE})
     if completion_column is not None:
         features["completion"] = MESSAGES_FEATURE
     elif "evidence" in features:
