@@ -217,7 +217,8 @@ def _answer_findings(
     if comparing and "answer" in columns and isinstance(dataset, Dataset):
         findings.problems += answer_problems(dataset["answer"], name, comparing[0])
         if not findings.problems:
-            findings.warnings += answer_warnings(dataset["answer"], name, comparing[0])
+            for func in comparing:
+                findings.warnings += answer_warnings(dataset["answer"], name, func)
     return findings
 
 

@@ -324,14 +324,25 @@ def answer_problems(answers: Iterable[Any], name: str, reward_func: Any) -> list
 
 def answer_warnings(answers: Iterable[Any], name: str, reward_func: Any) -> list[str]:
     """A warning with the number of rows that a function that [`compares_references`] cannot score."""
-    entries = list(answers)
+    from .rewards.rules import num_unscorable
+
+    entries, warnings = list(answers), []
     num_missing = sum(not entry for entry in entries)
-    if num_missing == 0:
-        return []
-    return [
-        f"{name}: {num_missing} of {len(entries)} rows have no `answer`: `{_name(reward_func)}` gives their "
-        "completions no reward."
-    ]
+    if num_missing:
+        warnings.append(
+            f"{name}: {num_missing} of {len(entries)} rows have no `answer`: `{_name(reward_func)}` gives their "
+            "completions no reward."
+        )
+    can_score = getattr(reward_func, "can_score", lambda reference: True)
+    num_others = num_unscorable(entries, can_score)
+    if num_others:
+        row = next(row for row, entry in enumerate(entries) if entry and num_unscorable([entry], can_score))
+        warnings.append(
+            f"{name}: in {num_others} of {len(entries)} rows, first in row {row} (from 0), `{_name(reward_func)}` "
+            f"cannot compare the `answer` {entries[row]!r:.80} with anything: their completions get no reward. Write "
+            "it in a form that it reads, or use another reward."
+        )
+    return warnings
 
 
 def _is_reference(entry: Any) -> bool:

@@ -2,16 +2,24 @@
 
 import asyncio
 import pickle
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT, build_tokenizer
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from dgrpo_trl import DGRPOTrainer
+from dgrpo_trl.files import read_table
+from dgrpo_trl.longblocks.questions.languages import LANGUAGES
 from dgrpo_trl.rewards import (
     contains_answer_reward,
     exact_match_reward,
@@ -41,6 +49,107 @@ def score(reward, prediction, reference):
         log_metric=lambda *args: None,
     )
     return value
+
+
+# The table
+
+
+TABLE = yaml.safe_load((Path(__file__).parent / "rewards_table.yaml").read_text(encoding="utf-8"))
+REWARDS = {"numeric": numeric_reward, "exact": exact_match_reward}
+
+
+def test_the_table_is_large_and_has_no_row_twice():
+    rows = [tuple(row[:3]) for rows in TABLE.values() for row in rows]
+    assert len(rows) == len(set(rows)) >= 250
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "reference", "right", "missed"),
+    [(*row[:4], len(row) > 4) for rows in TABLE.values() for row in rows],
+)
+def test_rewards_say_what_a_sensible_grader_says_but_for_the_rows_that_are_counted(
+    name, completion, reference, right, missed
+):
+    assert (score(REWARDS[name], completion, reference) != right) == missed
+
+
+def test_the_page_counts_the_rows_of_the_table_and_the_misses_by_kind():
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    counted = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    expected = []
+    for kind, rows in TABLE.items():
+        missed = [row[3] for row in rows if len(row) > 4]
+        expected.append((kind, str(len(rows)), str(missed.count(0)), str(missed.count(1))))
+    assert counted == expected
+
+
+def test_every_language_of_the_builder_announces_answers():
+    table = read_table("dgrpo_trl.rewards", "announcements.yaml")
+    assert set(table) == set(LANGUAGES)
+    for language, words in table.items():
+        text = f"{words['noun'][0]}: XYZ"
+        assert extract_answer(text) == extract_answer(f"-\n\n**{text}**").strip("*") == "XYZ", language
+
+
+# Thinking that the prompt has opened
+
+R1_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+QWEN3_TEMPLATE = R1_TEMPLATE.replace(
+    "<think>\n{% endif %}",
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_completion_that_is_cut_off_in_the_thinking_of_its_prompt_has_no_answer(rule):
+    prompts = ["Q<think>\n", "Q<think>\n", "Q<think>\n\n</think>\n\n", "Q"]
+    completions = ["The answer: 5", "6?</think>5", "5", "5"]
+    assert rule(prompts=prompts, completions=completions, answer=["5"] * 4) == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "opens"),
+    [(R1_TEMPLATE, {}, True), (QWEN3_TEMPLATE, {}, False), (QWEN3_TEMPLATE, {"enable_thinking": False}, False)],
+    ids=["r1", "qwen3", "qwen3 without thinking"],
+)
+def test_in_the_trainer_a_template_that_opens_the_thinking_is_seen(make_trainer, template, kwargs, opens):
+    seen = []
+
+    def other(completions, **kwargs):
+        seen.append(completions)
+        return [0.0] * len(completions)
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    trainer = make_trainer(
+        DGRPOTrainer,
+        distill_coef=0.0,
+        reward_funcs=[exact_match_reward, other],
+        chat_template_kwargs=kwargs,
+    )
+    trainer.processing_class = tokenizer
+    prompt = [{"role": "user", "content": "Q"}]
+    completions = [[{"role": "assistant", "content": text}] for text in ("5", "6?</think>5")]
+    rows = [{"prompt": prompt, "answer": "5"}] * 2
+    rewards = trainer._calculate_rewards(rows, [prompt] * 2, completions, [[1], [1]])
+    assert rewards[:, 0].tolist() == [float(not opens), 1.0]
+    assert seen == [completions], "functions of others get what TRL gives them"
+
+
+# Rows that cannot be scored
+
+
+def test_references_that_cannot_be_scored_are_counted_before_training(make_trainer, caplog):
+    rows = [{"prompt": [{"role": "user", "content": "Q"}], "answer": answer} for answer in ("5", "between 4 and 6")]
+    rewards = {"reward_funcs": [exact_match_reward, numeric_reward], "distill_coef": 0.0}
+    make_trainer(DGRPOTrainer, train_dataset=Dataset.from_list(rows * 4), **rewards)
+    assert (
+        "in 4 of 8 rows, first in row 1 (from 0), `numeric_reward` cannot compare the `answer` 'between" in caplog.text
+    )
+    assert "`exact_match_reward` cannot compare" not in caplog.text
 
 
 # Extraction
@@ -490,15 +599,42 @@ def test_a_number_too_big_to_compute_scores_zero_at_once(prediction):
     assert time.monotonic() - start < 2.0
 
 
-def test_powers_are_bounded_by_the_product_of_their_exponents():
+def test_powers_are_bounded_by_the_size_of_their_value():
     assert score(numeric_reward, "2^{10}", "1024") == 1.0
-    assert score(numeric_reward, "(2^{25})^{40}", "(2^{40})^{25}") == 1.0  # 25 * 40 = 1000
-    assert score(numeric_reward, "3", "(2^{26})^{40}") is None
+    assert score(numeric_reward, "(2^{25})^{40}", "(2^{40})^{25}") == 1.0
+    assert score(numeric_reward, "2^{1000}+1", "2^{1000}") == 0.0
+    assert score(numeric_reward, "3", "(2^{26000})^{40}") is None
 
 
-def test_numbers_are_compared_outside_the_main_thread():
-    with ThreadPoolExecutor(1) as pool:  # where math_verify's own time limit would raise
-        assert pool.submit(score, numeric_reward, "0.25", "1/4").result() == 1.0
+ALGEBRA = r"(\sqrt2+\sqrt3+\sqrt5+\sqrt7)^{500}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ALGEBRA,
+        rf"\frac{{{ALGEBRA}}}{{{ALGEBRA}}}",
+        r"\sqrt{" * 18 + "2" + "}" * 18,
+        r"(1+\sqrt2)^{9999}",
+        r"((\sqrt2+\sqrt3)^{99})^{99}",
+        "^".join("9" * 140),
+        r"\pi^{\pi^{\pi^{\pi}}}",
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_algebra_ends_at_once_on_any_thread(text):
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        for pair in ((text, "3"), ("3", text), (text, text)):
+            assert pool.submit(score, numeric_reward, *pair).result(timeout=5) in (None, 0.0, 1.0)
+    assert time.monotonic() - start < 1.0
+
+
+def test_irrational_numbers_are_equal_only_to_themselves_and_outside_the_main_thread():
+    other = r"(\sqrt7+\sqrt5+\sqrt3+\sqrt2)^{500}"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(score, numeric_reward, ALGEBRA, other).result() == 1.0
+        assert pool.submit(score, numeric_reward, ALGEBRA.replace("500", "499"), other).result() == 0.0
 
 
 def test_rules_load_neither_torch_nor_a_client_of_servers_nor_computer_algebra():
@@ -574,6 +710,17 @@ def test_trl_sees_a_synchronous_reward_with_its_own_name(rule):
         "1." * 60_000,
         "^" * 100_000,
         r"\text{" * 20_000,
+        "\n" * 100_000 + "x",
+        "\n \n" * 33_000,
+        "The answer is " * 8_000,
+        "答案是" * 33_000,
+        "<answer>" * 15_000,
+        "#### a\n" * 15_000,
+        "so " * 33_000,
+        "1\u2009000" * 20_000,
+        "ال" * 50_000,
+        "$ a" * 33_000,
+        r"\boxed" * 16_000,
     ],
     ids=lambda text: repr(text[:8]),
 )
@@ -581,7 +728,7 @@ def test_a_degenerate_completion_is_scored_in_linear_time(text):
     start = time.monotonic()
     for rule in RULES:
         assert score(rule, text, "3") == 0.0
-    assert time.monotonic() - start < 4.0
+    assert time.monotonic() - start < 4.0  # for four rewards
 
 
 # Properties
@@ -676,4 +823,5 @@ def test_no_list_of_other_candidates_contains_the_answer(others, separator):
 def test_integers_are_equal_only_to_themselves(a, b):
     assert score(numeric_reward, f"It is {a:,}.", str(a)) == 1.0
     assert score(numeric_reward, str(a), str(b)) == float(a == b)
-    assert score(numeric_reward, f"{a} or {b}", str(a)) == float(a == b)
+    assert score(numeric_reward, f"{a} or {b}", str(a)) == 0.0
+    assert score(numeric_reward, f"{a}. So: {b}", str(a)) == float(a == b)

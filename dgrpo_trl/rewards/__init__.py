@@ -16,9 +16,9 @@ anything. This package is not for format or length rewards, which TRL has.
 
 from typing import TYPE_CHECKING, Any
 
+from .extraction import extract_answer as extract_answer
 from .numbers import *  # noqa: F403  (its `__all__`: a new reward is written in one place)
 from .rules import *  # noqa: F403
-from .text import extract_answer as extract_answer
 from .text import normalize_answer as normalize_answer
 
 

@@ -9,7 +9,9 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from ..row_checks import compares_references
 from ..trl_compat import is_async_callable
+from .extraction import ends_in_thinking, open_thinking
 
 
 logger = get_logger(__name__)
@@ -35,12 +37,42 @@ class GuardedRewards(GRPOTrainer):
         self.reward_funcs = [
             guarded(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
         ]
+        if self._template_opens_thinking(prompts):
+            self.reward_funcs = [
+                _with_open_thinking(call) if compares_references(func) else call
+                for func, call in zip(reward_funcs, self.reward_funcs, strict=True)
+            ]
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = reward_funcs
         self._rewards_per_func = rewards
         return rewards
+
+    def _template_opens_thinking(self, prompts: list) -> bool:
+        """Whether the chat template ends the prompt with `<think>`, as that of R1 does: completions lack the tag."""
+        if not prompts or isinstance(prompts[0], str):
+            return False  # the rewards see such prompts themselves
+        rendered = self.processing_class.apply_chat_template(
+            [{"role": "user", "content": "-"}], add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
+        return isinstance(rendered, str) and ends_in_thinking(rendered)
+
+
+def _with_open_thinking(reward_func: Callable[..., Any]) -> Callable[..., Any]:
+    """`reward_func`, for completions that begin inside the thinking that the prompt has opened."""
+
+    if is_async_callable(reward_func):
+
+        async def call_async(completions: list[Any], **kwargs: Any) -> Any:
+            return await reward_func(completions=[open_thinking(each) for each in completions], **kwargs)
+
+        return call_async
+
+    def call(completions: list[Any], **kwargs: Any) -> Any:
+        return reward_func(completions=[open_thinking(each) for each in completions], **kwargs)
+
+    return call
 
 
 def guarded(reward_func: RewardFunc, name: str) -> RewardFunc:

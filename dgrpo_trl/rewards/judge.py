@@ -12,8 +12,9 @@ from typing import Any
 
 from ..files import read_table
 from ..llm import ChatClient, RequestCache, RequestFailed, ServerConfig, ServerUnavailable, parse_verdict, quote
+from .extraction import TextOrMessages, completion_text, extract_answer, last_message_text
 from .rules import References, accepted_references, check_lengths
-from .text import TextOrMessages, answer_tokens, completion_text, extract_answer, last_message_text
+from .text import answer_tokens
 
 
 # The standard library's logger, not accelerate's: rewards also run where no accelerate state exists

@@ -8,10 +8,18 @@ name stands in `__all__`.
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .text import TextOrMessages, answer_tokens, completion_text, extract_answer
+from .extraction import (
+    TextOrMessages,
+    completion_text,
+    ends_in_thinking,
+    extract_answer,
+    open_thinking,
+    option_parts,
+)
+from .text import answer_tokens
 
 
 __all__ = ["contains_answer_reward", "exact_match_reward", "get_contains_answer_reward", "token_f1_reward"]
@@ -44,19 +52,53 @@ def accepted_references(entry: References) -> list[str]:
     return [reference for reference in references if reference and answer_tokens(reference)]
 
 
+def extracted_answers(completions: list[TextOrMessages], prompts: list[TextOrMessages] | None = None) -> list[str]:
+    """The final answer of each completion. A prompt that ends with `<think>` has opened the thinking of its own."""
+    if prompts is not None and len(prompts) == len(completions):
+        completions = [
+            open_thinking(completion) if isinstance(prompt, str) and ends_in_thinking(prompt) else completion
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    return [extract_answer(completion_text(completion)) for completion in completions]
+
+
+# A reward function may have an attribute `can_score`: whether it compares one reference with anything. Rows that it
+# cannot score are counted before training
+def num_unscorable(answers: Iterable[References], can_score: Callable[[str], bool]) -> int:
+    """How many rows have references of which none can be scored."""
+    filled = (accepted_references(entry) for entry in answers if entry)
+    return sum(not any(can_score(reference) for reference in references) for references in filled)
+
+
 def score_rows(
     completions: list[TextOrMessages],
     answer: list[References],
     score: Callable[[str, str], float | None],
+    prompts: list[TextOrMessages] | None = None,
 ) -> list[float | None]:
-    """Apply `score(prediction, reference)` to each row and keep the best of its references that can be scored."""
+    """Apply `score(prediction, reference)` to each row and keep the best of its references that can be scored.
+
+    An option of multiple choice, "(B) Paris", is also scored as its letter and as its text.
+    """
     check_lengths(completions, answer)
     rewards: list[float | None] = []
-    for completion, entry in zip(completions, answer, strict=True):
-        prediction = extract_answer(completion_text(completion))
-        scores = [score(prediction, reference) for reference in accepted_references(entry)]
+    for prediction, entry in zip(extracted_answers(completions, prompts), answer, strict=True):
+        scores = [
+            score(*pair) for reference in accepted_references(entry) for pair in _option_pairs(prediction, reference)
+        ]
         rewards.append(max((value for value in scores if value is not None), default=None))
     return rewards
+
+
+def _option_pairs(prediction: str, reference: str) -> list[tuple[str, str]]:
+    """Predictions and references to compare: one of two that name an option may leave out its letter or its text."""
+    pairs = [(prediction, reference)]
+    of_prediction, of_reference = option_parts(prediction), option_parts(reference)
+    if of_prediction and not of_reference:
+        pairs += [(part, reference) for part in of_prediction]
+    if of_reference and not of_prediction:
+        pairs += [(prediction, part) for part in of_reference]
+    return pairs
 
 
 def exact_match_reward(
@@ -88,7 +130,9 @@ def exact_match_reward(
     [1.0, 0.0]
     ```
     """
-    return score_rows(completions, answer, lambda text, ref: float(answer_tokens(text) == answer_tokens(ref)))
+    return score_rows(
+        completions, answer, lambda text, ref: float(answer_tokens(text) == answer_tokens(ref)), kwargs.get("prompts")
+    )
 
 
 # Words that frame an answer and can hardly be one: "It was written in 1987.", "答案是東京". No "or", "and", "not" or
@@ -133,7 +177,7 @@ def contains_answer_reward(
         num_extra = sum(token not in frame_words for token in rest)
         return float(num_extra <= max_extra_tokens and len(rest) <= num_extra + _MAX_FRAME_TOKENS)
 
-    return score_rows(completions, answer, score)
+    return score_rows(completions, answer, score, kwargs.get("prompts"))
 
 
 def get_contains_answer_reward(max_extra_tokens: int) -> Callable[..., list[float | None]]:
@@ -182,4 +226,4 @@ def token_f1_reward(completions: list[TextOrMessages], answer: list[References],
         num_common = (Counter(tokens) & Counter(reference_tokens)).total()
         return 2 * num_common / (len(tokens) + len(reference_tokens))
 
-    return score_rows(completions, answer, score)
+    return score_rows(completions, answer, score, kwargs.get("prompts"))

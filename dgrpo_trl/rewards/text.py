@@ -1,95 +1,44 @@
-"""Answers as text: cut out of a completion, and brought to the form in which they are compared."""
+"""Answers brought to the form in which they are compared, in any script."""
 
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Any
 
 from ..text import UNSPACED
 
 
-# A message of TRL's conversational format: its `content` is a text, `None` or a list of parts
-Message = dict[str, Any]
-# A prompt or a completion, in TRL's standard or conversational format
-TextOrMessages = str | list[Message]
+# --- LaTeX
 
-_ANSWER_MARKER = re.compile(
-    r"(?:(?<!\w)(?:answer(?:\s+is)?|réponse|respuesta|antwort|risposta|resposta|antwoord|svar|odpowiedź|cevap|jawaban"
-    r"|đáp án|trả lời|ответ|відповідь|απάντηση|الإجابة|उत्तर)|答案|答え|答|답|คำตอบ)[\s*_]*[:：]\**",
-    re.IGNORECASE,
+_LATEX_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textup|textnormal|emph|underline|mathrm|mathbf|mathit|mathsf|mathtt"
+    r"|operatorname|mbox|hbox|fbox|bm|boldsymbol|displaystyle)\s*\{([^{}]*)\}"
 )
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-
-
-def extract_answer(text: str) -> str:
-    r"""Cut the final answer out of the text of a completion, stripped.
-
-    In this order: what follows the last `</think>`; in it, the content of `\boxed{...}` (the innermost one when boxes
-    are nested); else what follows the last "answer:" (also "Antwort:", "答案：", ... in about twenty languages); else
-    all of it.
-
-    It is empty, which every reward scores 0, when the completion commits to no single answer: `<think>` or `\boxed{`
-    is never closed, or several boxes hold different answers.
-    """
-    if text.rfind("<think>") > text.rfind("</think>"):
-        return ""
-    text = text.rpartition("</think>")[2]
-    boxes = _boxes(text)
-    if boxes is None:
-        return ""
-    if boxes:
-        return boxes[-1] if len({normalize_answer(box) or box for box in boxes}) == 1 else ""
-    markers = list(_ANSWER_MARKER.finditer(text))
-    return text[markers[-1].end() :].strip() if markers else text.strip()
-
-
-def _boxes(text: str) -> list[str] | None:
-    r"""Contents of the `\boxed{}` that hold no other box, or `None` when one is never closed. One linear pass."""
-    contents: list[str] = []
-    stack: list[list[int]] = []  # per open brace: [start of its content, or -1 if it opens no box; boxes inside it]
-    for match in _BOX_OR_BRACE.finditer(text):
-        if match[0].startswith("\\boxed"):
-            stack.append([match.end(), 0])
-        elif match[0] == "{":
-            stack.append([-1, 0])
-        elif match[0] == "}" and stack:
-            start, num_inner = stack.pop()
-            if start >= 0 and num_inner == 0:
-                contents.append(strip_latex_text(text[start : match.start()]))
-            if stack:
-                stack[-1][1] += num_inner + (start >= 0)
-    return None if any(start >= 0 for start, _ in stack) else contents
+_MAX_NESTED = 6
+_MAX_LATEX_CHARS = 10_000  # a longer text is no answer
+_GROUP_OF_DIGITS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;:]|,\\!|\{\\,\}|\\thinspace\s?)(?=[0-9]{3}(?![0-9]))")
+_MATH_SPACE = re.compile(r"\\(?:[ ,;:]|quad(?![A-Za-z])|qquad(?![A-Za-z])|thinspace(?![A-Za-z]))|(?<!\\)~")
+_SIZE = re.compile(r"\\(?:left|right|displaystyle|textstyle|large|Large|bf|rm|it)(?![A-Za-z])|\\!")
+_DOLLARS = re.compile(r"(?<![\\$\w])\$\$?(?![\s$])([^$\n]{1,200}?)(?<![\s\\])\$\$?(?![\w$])")
+_DELIMITERS = re.compile(r"\\[()\[\]]")
 
 
 def strip_latex_text(latex: str) -> str:
-    r"""`\text{Paris}` -> `Paris`, `50\%` -> `50%`, `New\ York` -> `New York`."""
-    latex = _LATEX_TEXT.sub(r"\1", latex)
-    return re.sub(r"\\([%$&#_])", r"\1", re.sub(r"\\[ ,;:!]", " ", latex)).strip()
+    r"""`\textbf{\text{Paris}}` -> `Paris`, `50\%` -> `50%`, `12{,}345` -> `12,345`, `New\ York` -> `New York`."""
+    if len(latex) > _MAX_LATEX_CHARS or ("\\" not in latex and "{" not in latex):
+        return latex.strip()
+    latex = _GROUP_OF_DIGITS.sub(",", latex)
+    for _ in range(_MAX_NESTED):
+        latex, num_found = _LATEX_TEXT.subn(r"\1", latex)
+        if not num_found:
+            break
+    latex = _SIZE.sub("", _MATH_SPACE.sub(" ", latex))
+    latex = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ",", latex)
+    return re.sub(r"\\([%$&#_])", r"\1", latex).strip()
 
 
-def _message_text(message: Message) -> str:
-    """Text of one message; `content` may be `None` (a bare tool call) or a list of parts (multimodal)."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.get("text") or "" for part in content if part.get("type") == "text")
-
-
-def last_message_text(messages: list[Message], role: str) -> str:
-    return next((_message_text(message) for message in reversed(messages) if message.get("role") == role), "")
-
-
-def completion_text(completion: TextOrMessages) -> str:
-    """Text of a completion: itself, or its last assistant message (the empty string if there is none)."""
-    if isinstance(completion, str):
-        return completion
-    if isinstance(completion, list) and all(isinstance(message, dict) for message in completion):
-        return last_message_text(completion, role="assistant")
-    raise TypeError(
-        f"A completion is a {type(completion).__name__}: {completion!r:.80}. The rewards read text. Pass each "
-        "completion as a string, or as a list of messages with `role` and `content`."
-    )
+def strip_math_delimiters(text: str) -> str:
+    r"""`$5$` and `\(5\)` -> `5`; a dollar of money stays."""
+    return _DELIMITERS.sub(" ", _DOLLARS.sub(r"\1", text)) if "$" in text or "\\" in text else text
 
 
 # The marks of scripts without spaces, in which a base character with its marks is one token
@@ -143,8 +92,19 @@ _BEFORE_NFKC = _CharTable(_before_nfkc)
 _AFTER_NFKC = _CharTable(_after_nfkc)
 
 
+# Thin, no-break and figure spaces and apostrophes between groups of three digits
+_TYPOGRAPHIC_GROUPS = re.compile(
+    r"(?<![\d.,])\d{1,3}(?:([\u00a0\u2002-\u200a\u202f'\u2019\u02bc])\d{3}(?:\1\d{3}){0,11})(?!\d)"
+)
+
+
+def _with_commas(match: re.Match[str]) -> str:
+    return match[0].replace(match[1], ",")
+
+
 def to_compatible(text: str) -> str:
-    """NFKC, with digits of every script and their separators as ASCII."""
+    """NFKC, with digits of every script, their separators and those of groups as ASCII."""
+    text = _TYPOGRAPHIC_GROUPS.sub(_with_commas, text)
     text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC))
     text = _FOREIGN_DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
     return text.replace("\u2044", "/").replace("\u066b", ".").replace("\u066c", ",")
@@ -156,9 +116,43 @@ def plain_number(digits: str) -> str:
     return f"0{digits}" if digits.startswith(".") else digits
 
 
+# --- One letter in several writings: a table of them is in `docs/rewards.md`
+
+_ARABIC_MARKS, _HEBREW_POINTS = (
+    "\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640",
+    "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7",
+)
+_UNWRITTEN = re.compile(f"[{_ARABIC_MARKS}{_HEBREW_POINTS}]")
+# alef with wasla, alef maksura, Farsi yeh and keheh; dotless i; cedillas of Romanian
+_SAME_LETTERS = str.maketrans("\u0671\u0649\u06cc\u06a9\u0131\u015f\u0163", "\u0627\u064a\u064a\u0643i\u0219\u021b")
+_ARTICLE = re.compile(r"(?<![^\W\d_])(?:\u0627\u0644)+(?=[\u0621-\u064a]{3})")
+
+
+def _bare_letter(char: str) -> str:
+    """Greek and Arabic letters without accents and hamza, and the Russian yo as ye: capitals and haste lose them."""
+    base = unicodedata.normalize("NFD", char)[0]
+    is_bare = "\u0370" <= base <= "\u03ff" or "\u0621" <= base <= "\u064a" or char == "\u0451"
+    return base if is_bare else char
+
+
+_BARE_LETTERS = _CharTable(_bare_letter)
+
+
+def _same_letters(text: str) -> str:
+    """`text`, after case folding, with one writing for each letter."""
+    if text.isascii():
+        return text
+    text = re.sub("(?<=i)\u0307", "", text)  # of the Turkish capital
+    text = _UNWRITTEN.sub("", text).translate(_BARE_LETTERS).translate(_SAME_LETTERS)
+    return _ARTICLE.sub("", unicodedata.normalize("NFC", text))
+
+
 def answer_tokens(text: str) -> list[str]:
     """Tokens of the normalized text. Empty when it holds no letter, digit or symbol."""
+    if len(text) <= _MAX_LATEX_CHARS:
+        text = strip_math_delimiters(strip_latex_text(text))
     text = unicodedata.normalize("NFKC", to_compatible(text).casefold())
+    text = _same_letters(text)
     text = re.sub(r"(?<=[a-z])#", "♯", text)  # a symbol, so that it survives: "C#" is not "C"
     text = _INITIALS.sub(lambda match: re.sub(r"[.\s]", "", match[0]) + " ", text)
     pieces, end = [], 0
@@ -184,7 +178,8 @@ def normalize_answer(text: str) -> str:
     decimal points, minus signs, "%". Thousands separators go ("1,000" is "1000"), initials are joined ("U.S." is
     "us"), digits of every script become ASCII, currency and mathematical symbols stay as tokens. In scripts without
     spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...) every character with its combining marks is a token. The
-    English "the", and a leading "a" or "an", are dropped unless nothing would be left. It is empty if the text has no
-    letter, digit or symbol.
+    English "the", and a leading "a" or "an", are dropped unless nothing would be left. LaTeX of texts and of groups of
+    digits is read. Arabic and Hebrew marks, the Arabic article and hamza, Greek accents, and the dots of the Turkish i
+    make no difference. It is empty if the text has no letter, digit or symbol.
     """
     return " ".join(answer_tokens(text))
