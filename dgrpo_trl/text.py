@@ -64,6 +64,14 @@ def iter_strings(value: Any) -> Iterator[str]:
             yield from iter_strings(item)
 
 
+# Control tokens of common tokenizers, where the tokenizer of the reader is not known
+WELL_KNOWN_SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> "
+    "<|eot_id|> <|system|> <|user|> <|assistant|> <s> </s> <bos> <eos> <pad> <unk> [INST] [/INST] <start_of_turn> "
+    "<end_of_turn> <think> </think> <tool_call> </tool_call>"
+).split()
+
+
 def break_special_tokens(text: str, special_tokens: Collection[str]) -> str:
     """Puts a zero-width space (U+200B) after the first character of each literal control token: it stays text.
 

@@ -29,6 +29,7 @@ from dgrpo_trl.rewards import (
     numeric_reward,
     token_f1_reward,
 )
+from dgrpo_trl.rewards.rules import References
 
 
 RULES = [exact_match_reward, contains_answer_reward, token_f1_reward, numeric_reward]
@@ -122,12 +123,15 @@ def test_in_the_trainer_a_template_that_opens_the_thinking_is_seen(make_trainer,
         seen.append(completions)
         return [0.0] * len(completions)
 
+    async def judging(completions, answer: list[References], **kwargs):
+        return [float(extract_answer(completion[0]["content"]) == "5") for completion in completions]
+
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
     trainer = make_trainer(
         DGRPOTrainer,
         distill_coef=0.0,
-        reward_funcs=[exact_match_reward, other],
+        reward_funcs=[exact_match_reward, judging, other],
         chat_template_kwargs=kwargs,
     )
     trainer.processing_class = tokenizer
@@ -135,7 +139,7 @@ def test_in_the_trainer_a_template_that_opens_the_thinking_is_seen(make_trainer,
     completions = [[{"role": "assistant", "content": text}] for text in ("5", "6?</think>5")]
     rows = [{"prompt": prompt, "answer": "5"}] * 2
     rewards = trainer._calculate_rewards(rows, [prompt] * 2, completions, [[1], [1]])
-    assert rewards[:, 0].tolist() == [float(not opens), 1.0]
+    assert rewards[:, 0].tolist() == rewards[:, 1].tolist() == [float(not opens), 1.0]
     assert seen == [completions], "functions of others get what TRL gives them"
 
 

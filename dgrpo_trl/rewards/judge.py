@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import re
+import unicodedata
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -11,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_table
-from ..llm import ChatClient, RequestCache, RequestFailed, ServerConfig, ServerUnavailable, parse_verdict, quote
-from .extraction import TextOrMessages, completion_text, extract_answer, last_message_text
-from .rules import References, accepted_references, check_lengths
+from ..llm import (
+    ChatClient,
+    RequestFailed,
+    ServerConfig,
+    ServerUnavailable,
+    load_token_counter,
+    parse_verdict,
+    quote,
+)
+from ..text import WELL_KNOWN_SPECIAL_TOKENS, break_special_tokens
+from .extraction import TextOrMessages, last_message_text
+from .rules import References, accepted_references, check_lengths, extracted_answers
 from .text import answer_tokens
+from .verdict_cache import open_cache
 
 
 # The standard library's logger, not accelerate's: rewards also run where no accelerate state exists
@@ -33,14 +45,24 @@ _SERVER_DEFAULTS: dict[str, Any] = {
 # Draws until a reply ends with a verdict; one at temperature 0, where the next would be the same
 _MAX_DRAWS = 3
 
+# A verdict as models write it: bold, quoted, with a full stop, in small letters
+_MARKS = r"[\s*_`\"'“”„«».!。()\[\]>#~-]*"
+_VERDICT = re.compile(rf"{_MARKS}verdict{_MARKS}:{_MARKS}(correct|incorrect){_MARKS}", re.I)
+_FENCE = re.compile(r"\s*(?:```|~~~)\s*\w*\s*")
+_MAX_VERDICT_CHARS = 100
+_CUT_REASONS = {"truncated", "reasoning_only"}
+# The form of most control tokens, for a judge whose tokenizer is not known
+_CONTROL_TOKEN = re.compile(r"<(?=[|\uff5c][^<>|\uff5c\n]{1,60}[|\uff5c]>)|\[(?=/?[A-Z][A-Z_]{2,30}\])|<(?=</?SYS>>)")
+
 
 class LLMJudgeReward:
     r"""Reward 1 when a model at an OpenAI-compatible server finds the extracted answer equivalent to the reference.
 
     An instance is an asynchronous reward function: TRL awaits it beside other asynchronous ones. The judge sees the
-    question, the references and the extracted answer, not the reasoning. Its reply counts only if its last line is
-    exactly `VERDICT: CORRECT` or `VERDICT: INCORRECT`, and no other line is a verdict. [`~llm.ChatClient`] sends the
-    requests: it retries what may succeed, sends equal rows once, and keeps all replies.
+    question, the references and the extracted answer, not the reasoning, and none of these can spell a control token
+    of its chat template. Its reply counts only if its last line is `VERDICT: CORRECT` or `VERDICT: INCORRECT`, also
+    in bold, in a fence or with a full stop, and no other line is a verdict. [`~llm.ChatClient`] sends the requests: it
+    retries what may succeed, sends equal rows once, and keeps all replies.
 
     A model other than the trained one and its teacher should judge, and it should be checked against people first.
 
@@ -60,9 +82,10 @@ class LLMJudgeReward:
             Of a longer question, the judge sees the end, where the question stands when it comes after a document.
         cache_path (`str`, *optional*):
             SQLite file of the judge's replies, which the ranks of one host may share; give each host its own. By
-            default replies are kept in memory.
+            default replies are kept in memory. A damaged file is renamed, with a warning, and made anew.
         **server (`Any`):
-            More fields of [`~llm.ServerConfig`]: `api_key_env`, the name of the variable that holds the key (the key
+            More fields of [`~llm.ServerConfig`]: `tokenizer`, the judge's, whose control tokens are broken up beside
+            those that are well known; `api_key_env`, the name of the variable that holds the key (the key
             itself is not kept in the instance), `max_retries`, `temperature`, ... The defaults here are temperature 0,
             32 requests in flight per process (each rank judges its own rows), 4 retries, 60 seconds for a reply, 30
             for a wait, and 60 for an outage.
@@ -106,7 +129,9 @@ class LLMJudgeReward:
                 "server needs a key. Export the variable, or set `base_url` to your own server."
             )
         self.cache_path = None if cache_path is None else Path(cache_path)
-        RequestCache(self.cache_path).close()  # a file that is no cache raises now, not in the first step
+        open_cache(self.cache_path).close()  # now, and not in the first step
+        own = None if self.server.tokenizer is None else load_token_counter(self.server.tokenizer).special_tokens
+        self.special_tokens = frozenset({*WELL_KNOWN_SPECIAL_TOKENS, *(own or ())})
         self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ChatClient] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +171,7 @@ class LLMJudgeReward:
                 be written.
         """
         check_lengths(completions, answer)
-        candidates = [extract_answer(completion_text(completion)) for completion in completions]
+        candidates = extracted_answers(completions, prompts)
         references = [accepted_references(entry) for entry in answer]
         rows = zip(_questions(prompts, question), candidates, references, strict=True)
         client = self._client()
@@ -171,7 +196,7 @@ class LLMJudgeReward:
         """The client of the running loop: the trainer's runs in another thread than the one that builds the reward."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            self._clients[loop] = ChatClient(self.server, RequestCache(self.cache_path))
+            self._clients[loop] = ChatClient(self.server, open_cache(self.cache_path))
         return self._clients[loop]
 
     async def _judge(self, client: ChatClient, question: str, candidate: str, references: list[str]) -> float | None:
@@ -181,16 +206,23 @@ class LLMJudgeReward:
         if not answer_tokens(candidate) or len(candidate) > self.max_answer_chars:
             return 0.0
         prompt = _PROMPT.format(
-            question=quote(question[-self.max_question_chars :], "question"),
-            references="\n".join(quote(reference, "reference") for reference in references),
-            candidate=quote(candidate, "candidate"),
+            question=self._quote(question[-self.max_question_chars :], "question"),
+            references="\n".join(self._quote(reference, "reference") for reference in references),
+            candidate=self._quote(candidate, "candidate"),
         )
         messages = [{"role": "user", "content": prompt}]
         for sample in range(1 if self.server.temperature == 0 else _MAX_DRAWS):
             reply = await client.complete(messages, max_tokens=self.max_tokens, sample=sample)
             with suppress(ValueError):
-                return float(parse_verdict(reply.text, "CORRECT", "INCORRECT"))
-        raise RequestFailed("no_verdict", f"the last reply ends with {reply.text[-80:]!r}")
+                return float(parse_verdict(_plain_verdicts(reply.text), "CORRECT", "INCORRECT"))
+        raise RequestFailed(
+            "no_verdict", f"the last reply (finish_reason {reply.finish_reason!r}) ends with {reply.text[-80:]!r}"
+        )
+
+    def _quote(self, text: str, name: str) -> str:
+        """Text of others as part of the prompt: it can spell neither its end nor a control token of the judge."""
+        text = _CONTROL_TOKEN.sub(lambda match: f"{match[0]}\u200b", break_special_tokens(text, self.special_tokens))
+        return quote(text, name)
 
     def _warn(self, failures: list[RequestFailed | ServerUnavailable], num_rows: int) -> None:
         counts = Counter(getattr(failure, "reason", "unavailable") for failure in failures)
@@ -198,7 +230,29 @@ class LLMJudgeReward:
         logger.warning(
             f"{len(failures)} of {num_rows} answers got no verdict from the judge {self.server.model!r} at "
             f"{self.server.base_url} ({reasons}). Their reward is None. The last failure: {failures[-1]}"
+            f"{self._advice(counts)}"
         )
+
+    def _advice(self, counts: Counter[str]) -> str:
+        """What to set when replies were cut off."""
+        if not counts.keys() & _CUT_REASONS:
+            return ""
+        return (
+            f". Replies were cut off, or ended within their reasoning: raise `max_tokens` (now {self.max_tokens}), "
+            "raise the context of the server, or switch the judge's thinking off with "
+            '`extra_body={"chat_template_kwargs": {"enable_thinking": False}}`.'
+        )
+
+
+def _plain_verdicts(text: str) -> str:
+    """A reply without fences, and with its verdicts in the form that was asked for."""
+    lines = []
+    for line in text.splitlines():
+        if _FENCE.fullmatch(line):
+            continue
+        match = _VERDICT.fullmatch(unicodedata.normalize("NFKC", line)) if len(line) <= _MAX_VERDICT_CHARS else None
+        lines.append(f"VERDICT: {match[1].upper()}" if match else line)
+    return "\n".join(lines)
 
 
 def _questions(prompts: list[TextOrMessages], question: list[str] | None) -> list[str]:

@@ -15,19 +15,12 @@ from pydantic import Field
 
 from ...extras import import_extra
 from ...strict_model import StrictModel
-from ...text import break_special_tokens
+from ...text import WELL_KNOWN_SPECIAL_TOKENS, break_special_tokens
 from ..identification import identify
 from ..records import Document, Drop
 
 
 STAGE = "sources"
-
-# Control tokens of common tokenizers, for a build that has none
-WELL_KNOWN_SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> "
-    "<|eot_id|> <|system|> <|user|> <|assistant|> <s> </s> <bos> <eos> <pad> <unk> [INST] [/INST] <start_of_turn> "
-    "<end_of_turn> <think> </think> <tool_call> </tool_call>"
-).split()
 
 _GUTENBERG_START = re.compile(
     r"^.*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^.*\*END\*? ?THE SMALL PRINT.*$", re.I | re.M
