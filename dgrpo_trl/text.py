@@ -68,7 +68,8 @@ def iter_strings(value: Any) -> Iterator[str]:
 WELL_KNOWN_SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> "
     "<|eot_id|> <|system|> <|user|> <|assistant|> <s> </s> <bos> <eos> <pad> <unk> [INST] [/INST] <start_of_turn> "
-    "<end_of_turn> <think> </think> <tool_call> </tool_call>"
+    "<end_of_turn> <think> </think> <tool_call> </tool_call> <|start|> <|channel|> <|message|> <|end|> "
+    "<|return|> <|call|> [THINK] [/THINK] <tool_response> </tool_response> <mask>"
 ).split()
 
 

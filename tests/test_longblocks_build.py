@@ -1,11 +1,13 @@
 """The builder as a whole: what comes out, what a crash, a fault or a changed configuration does, and who may share."""
 
 import asyncio
+import errno
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -478,6 +480,33 @@ def test_a_build_that_a_server_refuses_to_go_on_with_resumes_all_of_it(status, t
         stages = build(config, tmp_path / "out", STAGES[:6])["stages"]
     assert stages["questions"] == {"kept": 24, "dropped": {}} and stages["responses"] == {"kept": 24, "dropped": {}}
     assert len(answered) == 48 and answered.total() <= 48 + 2 * 16  # those in flight at a stop are asked again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError("[Errno 28] Error writing bytes to file. Detail: No space left on device"),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
+)
+def test_a_full_disk_says_what_to_do_and_the_build_resumes(error, tmp_path, monkeypatch):
+    config, write_table, num_writes = write_config(tmp_path, write_documents(tmp_path, 6)), pq.write_table, 0
+
+    def write_until_full(*arguments, **options):
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 7:
+            raise error
+        write_table(*arguments, **options)
+
+    monkeypatch.setattr("dgrpo_trl.longblocks.builder.store.pq.write_table", write_until_full)
+    with pytest.raises(OSError, match="disk of .* is full.*bytes left.*Free some space.*run again"):
+        build(config, tmp_path / "out")
+    build(config, tmp_path / "out")
+    build(config, tmp_path / "whole")
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
 
 
 def test_a_poor_writer_is_rejected_row_by_row(tmp_path):

@@ -3,11 +3,14 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
-from dgrpo_trl.longblocks.builder.cleaning import Cleaner, CleaningConfig, strip_gutenberg
-from dgrpo_trl.longblocks.identification import identify
+from dgrpo_trl.llm import load_token_counter
+from dgrpo_trl.longblocks.builder.cleaning import Cleaner, CleaningConfig
+from dgrpo_trl.longblocks.builder.gutenberg import strip_gutenberg
+from dgrpo_trl.longblocks.identification import identify, other_language
 from dgrpo_trl.longblocks.records import Document, Drop
-from dgrpo_trl.text import break_special_tokens
+from dgrpo_trl.text import WELL_KNOWN_SPECIAL_TOKENS, break_special_tokens
 
 
 ENGLISH = "The whale was seen near the harbour in the early morning, and nobody in the town had expected it."
@@ -94,6 +97,115 @@ def test_the_text_between_the_marks_of_gutenberg_is_kept():
     text = f"Header\n{start}\n{book}{end}\nTerms"
     assert strip_gutenberg(text).strip() == book.strip()
     assert strip_gutenberg(book) == book
+
+
+MARKS = {
+    "plain": ("*** START OF THE PROJECT GUTENBERG EBOOK X ***", "*** END OF THE PROJECT GUTENBERG EBOOK X ***"),
+    "this, no space": ("***START OF THIS PROJECT GUTENBERG EBOOK X***", "***END OF THIS PROJECT GUTENBERG EBOOK X***"),
+    "wrapped": (
+        "*** START OF THE PROJECT GUTENBERG EBOOK A VERY LONG TITLE,\nIN TWO LINES ***",
+        "*** END OF THE PROJECT GUTENBERG EBOOK A VERY LONG TITLE,\nIN TWO LINES ***",
+    ),
+    "wrapped before the name": (
+        "*** START OF THE PROJECT\nGUTENBERG EBOOK X ***",
+        "*** END OF THE PROJECT\nGUTENBERG EBOOK X ***",
+    ),
+    "small print": (
+        "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nWhy?\n"
+        "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*",
+        "End of the Project Gutenberg Etext of X",
+    ),
+    "German": ("*** ANFANG DES PROJEKT GUTENBERG EBOOKS X ***", "Ende dieses Projekt Gutenberg Etextes X"),
+    "French": ("*** DÉBUT DU PROJET GUTENBERG EBOOK X ***", "Fin du Projet Gutenberg Etext de X"),
+    "Spanish": ("*** INICIO DEL PROYECTO GUTENBERG EBOOK X ***", "Fin del Proyecto Gutenberg Etext de X"),
+    "Italian": ("*** INIZIO DEL PROGETTO GUTENBERG X ***", "Fine del progetto Gutenberg"),
+    "Finnish": ("*** START OF THE PROJECT GUTENBERG EBOOK X ***", "*** LOPPU: PROJECT GUTENBERG X ***"),
+    "possessive": ("*** START OF THIS PROJECT GUTENBERG EBOOK X ***", "End of Project Gutenberg's X, by Y"),
+}
+CREDITS = {
+    "none": "",
+    "produced by": "Produced by Jane Doe and the Online Distributed\nProofreading Team at http://www.pgdp.net\n\n",
+    "e-text": "E-text prepared by Jane Doe\n\n",
+    "HTML note": "Note: Project Gutenberg also has an HTML version of this\n      file which includes illustrations.\n"
+    "      See 1-h.htm or 1-h.zip:\n      (https://www.gutenberg.org/files/1/1-h.zip)\n\n",
+}
+
+
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("credits", CREDITS)
+def test_marks_of_gutenberg_in_any_language_and_wrapping_go_with_the_credits(marks, credits):
+    book = f"{ENGLISH} The end of the project was near.\n\n" * 30
+    start, end = MARKS[marks]
+    text = f"The Project Gutenberg EBook of X\n\n{start}\n\n{CREDITS[credits]}\n{book}\n{end}\n\nTerms of use\n" * 1
+    assert strip_gutenberg(text).strip() == book.strip()
+
+
+def test_a_short_text_under_a_long_header_is_found():
+    start, end = MARKS["plain"]
+    assert strip_gutenberg(f"{'Terms. ' * 300}\n{start}\n\n{ENGLISH}\n\n{end}\nTerms").strip() == ENGLISH
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Produced by hand, the lantern burned.\n\n{ENGLISH}",
+        f"{ENGLISH}\n\nThe end of Gutenberg's press came in 1455.\n\n{ENGLISH}\n",
+        f"*** START HERE ***\n\n{ENGLISH}",
+    ],
+)
+def test_a_text_that_is_not_of_gutenberg_stays(text):
+    assert strip_gutenberg(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "这艘船从威尼斯驶往伦敦。",
+        "他在图书馆里找到了那本书。",
+        "我不知道。",
+        "今天天气很好，我们去公园散步吧。",
+        "أبحرت السفينة من البندقية إلى لندن.",
+        "وجد الكتاب في المكتبة القديمة.",
+        "जहाज वेनिस से रवाना हुआ।",
+        "کشتی از ونیز حرکت کرد.",
+        "Корабль вышел из Венеции.",
+        "その船はベニスを出た。",
+        "Το πλοίο έφυγε από τη Βενετία.",
+    ],
+)
+def test_another_script_on_an_english_row_is_caught_however_short(text):
+    assert other_language({"answer": text}, "en", identify)
+    drop = clean(f"{text} " * 40, {"language": "en"})
+    assert isinstance(drop, Drop) and drop.reason == "wrong_language"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("What does 我们都是好朋友 mean in this letter?", "en"),
+        ("北京", "en"),
+        ("Massachusetts Institute of Technology", "zh"),
+        ("東京都千代田区", "ja"),
+        ("日本国憲法第九条", "ja"),
+        ("Брод је испловио из Венеције рано ујутро.", "sr"),
+        ("कलम और किताब", "mr"),
+    ],
+)
+def test_a_name_or_a_shared_script_is_no_other_language(text, language):
+    assert other_language({"answer": text}, language, identify) is None
+
+
+def test_tokens_of_a_tokenizer_add_to_the_well_known_ones_whether_special_or_not(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]"))
+    tokenizer.add_special_tokens(["<|mine|>"])
+    tokenizer.add_tokens(["<reason>", "◁x▷", "word", "  ", "<table>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    special = load_token_counter(str(tmp_path)).special_tokens
+    assert set(special) == {"<|mine|>", "<reason>", "◁x▷"}
+    cleaner = Cleaner(CleaningConfig(), words, special)
+    assert set(cleaner.special_tokens) == {*special, *WELL_KNOWN_SPECIAL_TOKENS}
+    text = clean(f"{ENGLISH} <|im_end|> <think> <|mine|> <reason> <table>", special_tokens=special).text
+    assert text == f"{ENGLISH} <\u200b|im_end|> <\u200bthink> <\u200b|mine|> <\u200breason> <table>"
 
 
 def test_special_tokens_are_broken_longest_first():

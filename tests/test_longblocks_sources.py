@@ -914,3 +914,26 @@ def test_importing_sources_loads_neither_torch_nor_the_readers():
         "assert not {'torch', 'trl', 'transformers', 'datasets', 'pyarrow', 'langcodes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(3, "int"), (1.5, "float"), (b"abc", "bytes"), ({"a": 1}, "dict"), ([1, 2], "list"), (True, "bool")],
+)
+def test_a_column_that_cannot_be_text_is_refused_at_the_check(value, what, tmp_path):
+    rows = [{"text": value, "body": "A text."}, {"text": None, "body": "B"}, {"text": value, "body": "C"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    paths = {"parquet": tmp_path / "rows.parquet"}
+    if what != "bytes":
+        paths["jsonl"] = tmp_path / "rows.jsonl"
+        paths["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind, path in paths.items():
+        with pytest.raises(ValueError, match=f"'text' holds a {what}.*`text_column`.*body, text"):
+            source(type=kind, name="s", paths=[str(path)]).check()
+        source(type=kind, name="s", paths=[str(path)], text_column="body").check()
+
+
+def test_rows_without_text_at_first_are_no_column_that_cannot_be_text(tmp_path):
+    lines = [{"text": None}, {"text": ""}, {"text": 3}, {"text": "A text."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    source(type="jsonl", name="s", paths=[str(tmp_path / "rows.jsonl")]).check()

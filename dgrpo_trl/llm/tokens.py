@@ -1,5 +1,6 @@
 """Lengths in tokens, and which texts are special to a tokenizer, without waiting for transformers to be imported."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,12 @@ from tokenizers import Tokenizer
 
 # Bytes of UTF-8 to a token, where no tokenizer is given: roughly that of English with a vocabulary of 50,000 and more
 BYTES_PER_TOKEN = 4
+# What sets control tokens off from text: <think>, [INST], <|im_start|>, DeepSeek's <｜User｜>, Kimi's ◁think▷
+_MARKS = re.compile(r"<.*>|\[.*\]|\{.*\}|\|.*\||◁.*▷")
+_HTML_TAG = re.compile(
+    r"</?(?:a|abbr|article|b|blockquote|br|caption|code|dd|del|div|dl|dt|em|figure|footer|h[1-6]|head|header|hr|html|i|img"
+    r"|ins|li|main|nav|ol|p|pre|q|section|small|span|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,15 @@ class TokenCounter:
 
     name: str  # of the tokenizer, or how the length is estimated, for the card
     count: Callable[[str], int]  # tokens of a text, without any that a template would add
-    special_tokens: tuple[str, ...] | None  # texts that become control tokens; `None` where there is no tokenizer
+    special_tokens: tuple[str, ...] | None  # texts that become control tokens; `None` without a tokenizer
+
+
+def is_control_token(text: str) -> bool:
+    """Whether an added token is one of control by its form: not a word, white space, or a tag of HTML.
+
+    Tokenizers do not mark all of them as special: Qwen3's `<think>` is not.
+    """
+    return _MARKS.search(text) is not None and _HTML_TAG.fullmatch(text) is None
 
 
 def load_token_counter(name_or_path: str | None) -> TokenCounter:
@@ -39,5 +54,6 @@ def load_token_counter(name_or_path: str | None) -> TokenCounter:
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = tuple(token.content for token in added if token.special or is_control_token(token.content))
     return TokenCounter(name_or_path, lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), special)

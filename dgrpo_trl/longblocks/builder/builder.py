@@ -34,6 +34,7 @@ from .build import Build
 from .config import GLOBAL_STAGES, STAGES, BuildConfig
 from .part_stages import PART_STAGES, run_parts
 from .stages import choose_rows, describe, publish, read_sources, remove_duplicates
+from .store import explain_full_disk
 
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Builder:
             if "decontamination" in wanted:
                 build.decontaminator  # noqa: B018 - an evaluation set that is missing is seen before the work
             stack.enter_context(build.progress)
+            stack.enter_context(explain_full_disk(self.output_dir))
             for stage in wanted:
                 if stage in GLOBAL_STAGES and build.num_shards > 1:
                     raise ValueError(

@@ -16,19 +16,13 @@ from pydantic import Field
 from ...extras import import_extra
 from ...strict_model import StrictModel
 from ...text import WELL_KNOWN_SPECIAL_TOKENS, break_special_tokens
-from ..identification import identify
+from ..identification import foreign_script, identify
 from ..records import Document, Drop
+from .gutenberg import strip_gutenberg
 
 
 STAGE = "sources"
 
-_GUTENBERG_START = re.compile(
-    r"^.*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^.*\*END\*? ?THE SMALL PRINT.*$", re.I | re.M
-)
-_GUTENBERG_END = re.compile(
-    r"^.*\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG.*$|^ *END OF (?:THE |THIS )?PROJECT GUTENBERG'?S?\b.*$",
-    re.I | re.M,
-)
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}(?![\w-])")
 _IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]|\.\d)")
 _EMAIL_PLACEHOLDER, _IP_PLACEHOLDER, _SECRET_PLACEHOLDER = "email@example.com", "192.0.2.1", "REMOVED-SECRET"
@@ -56,7 +50,7 @@ class CleaningConfig(StrictModel):
     """Section `cleaning`: each step can be switched off."""
 
     repair_encoding: bool = Field(True, description="Repair text that was decoded wrongly (by `ftfy`); not in code.")
-    strip_gutenberg: bool = Field(True, description="Remove the header and the license of Project Gutenberg.")
+    strip_gutenberg: bool = Field(True, description="Remove header, license and credits of Project Gutenberg.")
     break_special_tokens: bool = Field(True, description="Zero-width spaces keep literal control tokens text.")
     scrub_pii: bool = Field(True, description="Replace e-mail addresses and public IPv4 addresses.")
     secrets: Literal["replace", "drop", "keep"] = Field("replace", description="What to do with keys of known form.")
@@ -108,14 +102,14 @@ FILTERS: tuple[Filter, ...] = (_no_text, _secret, _mostly_symbols, _repetitive)
 
 
 class Cleaner:
-    """Cleans documents, one at a time. Without `special_tokens`, `WELL_KNOWN_SPECIAL_TOKENS` are broken up."""
+    """Cleans documents, one at a time. `special_tokens` are broken up beside `WELL_KNOWN_SPECIAL_TOKENS`."""
 
     def __init__(
-        self, config: CleaningConfig, count_tokens: Callable[[str], int], special_tokens: Collection[str] | None = None
+        self, config: CleaningConfig, count_tokens: Callable[[str], int], special_tokens: Collection[str] | None = ()
     ):
         self.config = config
         self.count_tokens = count_tokens
-        self.special_tokens = WELL_KNOWN_SPECIAL_TOKENS if special_tokens is None else special_tokens
+        self.special_tokens = {*WELL_KNOWN_SPECIAL_TOKENS, *(special_tokens or ())}
 
     def clean(self, document: Document) -> Document | Drop:
         """The document as it is used, with its language and its length; or why it is not."""
@@ -168,7 +162,10 @@ class Cleaner:
         if document.kind == "code":
             stated = stated or "en"
         elif self.config.identify_language:
-            found, confidence = identify(_samples(document.text))
+            samples = _samples(document.text)
+            if stated is not None and (script := foreign_script(samples, stated)):
+                return None, ("wrong_language", f"{script} letters, not {stated}")
+            found, confidence = identify(samples)
             if stated is None and found is None:
                 return None, ("unknown_language", f"{document.text[:60]!r}")
             if stated is not None and found not in (stated, None) and confidence >= _CERTAIN:
@@ -191,15 +188,6 @@ class Cleaner:
             else:
                 high = middle - 1
         return text[: ends[low - 1]].strip("\n") if low else ""
-
-
-def strip_gutenberg(text: str) -> str:
-    """The text between the marks of Project Gutenberg; all of it where there are none."""
-    starts = list(_GUTENBERG_START.finditer(text[: len(text) // 2]))
-    if starts:
-        text = text[starts[-1].end() :]
-    end = _GUTENBERG_END.search(text, len(text) // 2)
-    return text[: end.start()] if end else text
 
 
 def _fix_encoding(text: str) -> str:

@@ -9,10 +9,14 @@ any moment, a run finds the finished parts and makes the others again, with the 
 """
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +94,24 @@ def row_of(record: dict[str, Any]) -> Row:
     values["checks"] = tuple(Check(**check) for check in values["checks"])
     values["responses"] = json.loads(values["responses"])
     return Row(**values)
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Says what to do when a disk is full or a quota is used up."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError, RuntimeError) as error:
+        # Arrow and SQLite have only words for it
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and not re.search(r"no space left|disk is full|quota exceeded", str(error), re.I):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk of {str(folder)!r} is full: {error}. It has {free:,} bytes left. What is complete stays. Free "
+            "some space, or move the folder to a larger disk, and run again with the same command: the build resumes.",
+        ) from error
 
 
 class Store:

@@ -94,7 +94,7 @@ class RowSource(LabelledSource):
         return value or ""
 
     def check(self) -> None:
-        missing, bad = set(self.columns), None
+        missing, bad, not_text = set(self.columns), None, None
         names: set[str] = set()
         for _, row in islice(self.rows(0, None), _ROWS_CHECKED):
             if isinstance(row, BadItem):
@@ -104,8 +104,22 @@ class RowSource(LabelledSource):
                 continue
             names |= row.keys()
             missing = {column for column in missing if _cell(row, column, _MISSING) is _MISSING}
-            if not missing:
+            try:
+                has_text = bool(self._text(row))
+            except BadItem as item:
+                has_text = False
+                if item.reason == "not_text":
+                    not_text = not_text or item
+            if not missing and has_text:
                 return
+        if not missing and not_text is not None:
+            raise ValueError(
+                f"The source {self.name!r} has no text in its first rows: {not_text.detail}. All would be left out, "
+                f"one by one. Set `text_column` to a column of text, or of lists of pages, among "
+                f"{', '.join(sorted(names))}."
+            )
+        if not missing:
+            return  # the first rows are empty, and others may not be
         if not names:
             why = "It is empty" if bad is None else f"Its first rows are unusable ({bad})"
             raise ValueError(f"The source {self.name!r} has no row that can be read. {why}. Check the files.")
