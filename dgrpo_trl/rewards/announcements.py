@@ -9,7 +9,7 @@ from ..files import read_table
 _TABLE: dict[str, dict[str, list[str]]] = read_table(__package__, "announcements.yaml")
 _NO_SPACES = ("ja", "zh", "ko")
 _OPENING = r"[\s*_>#\-\"“„«「『(]{0,8}"
-_COLON = r"[\s*_]{0,4}(?:[:：﹕︓꞉=]|-->?|→)[\s*_]{0,8}"
+_COLON = r"[\s*_]{0,4}(?:[:：﹕︓꞉=]|-->?|→|(?<=\s)[-–—](?=\s))[\s*_]{0,8}"
 _END = r"[\s.。．!！।*_]*"
 
 

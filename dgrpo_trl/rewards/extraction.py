@@ -140,7 +140,10 @@ def open_thinking(completion: TextOrMessages) -> TextOrMessages:
 
 # --- Options of multiple choice
 
-_OPTION = re.compile(r"\s*(?:\(([A-Ja-j])\)|([A-Ja-j])[)）:：]|([A-J])\.(?=\s))\s*(\S.*?)\s*", re.DOTALL)
+_OPTION = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\(([A-Ja-j])\)|\[([A-Ja-j])\]|([A-Ja-j])[)）:：]|((?-i:[A-J]))(?:\.(?=\s)|\s[-–—](?=\s)))\s*(\S.*?)",
+    re.DOTALL | re.IGNORECASE,
+)
 _OTHER_OPTION = re.compile(r"(?:^|[\s(,;/|])(?:[A-J](?![\w'’])|[a-j]\))|\n\s*\S")
 _MAX_OPTION_CHARS = 300
 
@@ -149,7 +152,7 @@ def option_parts(text: str) -> tuple[str, str] | None:
     """Letter and text of an answer such as "(B) Paris"; `None` if it is none, or names another option too."""
     if len(text) > _MAX_OPTION_CHARS:
         return None
-    match = _OPTION.fullmatch(text.strip(" *_.\n"))
-    if match is None or _OTHER_OPTION.search(match[4]) or not answer_tokens(match[4]):
+    match = _OPTION.fullmatch(re.sub(r"\*\*|__|`", "", text).strip(" *_.\n"))
+    if match is None or _OTHER_OPTION.search(match[5]) or not answer_tokens(match[5]):
         return None
-    return (match[1] or match[2] or match[3]), match[4]
+    return next(letter for letter in match.groups() if letter), match[5]

@@ -49,7 +49,9 @@ def accepted_references(entry: References) -> list[str]:
             f"An entry of `answer` is a {type(entry).__name__}: {entry!r:.80}. References are compared as text. "
             "Convert the column to strings, or to lists of strings of which any is right."
         )
-    return [reference for reference in references if reference and answer_tokens(reference)]
+    # As data sets have them: GSM8K's end with "#### 72", MATH's hold a box
+    answers = [extract_answer(reference) or reference for reference in references if reference]
+    return [answer for answer in answers if answer_tokens(answer)]
 
 
 def extracted_answers(completions: list[TextOrMessages], prompts: list[TextOrMessages] | None = None) -> list[str]:

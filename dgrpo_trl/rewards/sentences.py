@@ -48,12 +48,13 @@ def read_number(text: str) -> Number | None:
     if len(text) > _MAX_CHARS:
         return None
     is_math = re.fullmatch(r"\s*(?:\$.*\$|\\[(\[].*\\[)\]])\s*\.?\s*", text, re.DOTALL) is not None
-    stated = _after_equals(_as_plain_math(text))
+    text = _as_plain_math(text)
+    stated = None if _REFUSED_SYMBOLS.search(text) else _after_equals(text)
     return None if stated is None else _read(stated, is_math)
 
 
 def _read(text: str, is_math: bool) -> Number | None:
-    if _AMBIGUOUS.search(text) or _REFUSED_SYMBOLS.search(text):
+    if _AMBIGUOUS.search(text):
         return None
     statements = _split(text)
     if statements is None:
@@ -235,7 +236,8 @@ _AMBIGUOUS = re.compile(
     rf"|(?<![0-9])(?![{UNSPACED}{HANGUL}]){_LETTER}-[0-9]|[0-9]\s*-\s*[0-9]+\s*-\s*[0-9]|[0-9]['′\"″]|[0-9]\s*\.\.+|[0-9]…|…\s*[0-9]"
 )
 _REFUSED_SYMBOLS = re.compile(
-    r"[0-9]\s*[?？؟]|[<>≤≥≠±∓∞‰⩽⩾≦≧→↔]|[0-9)]\s*\+(?!\s*[0-9\\(])|[0-9)]\s*[~〜～]\s*[0-9]|\bnan\b|\binf\b", re.I
+    r"[0-9]\s*[?？؟]|[0-9)]\s*[-+*/(^]\s*[A-Za-z](?![A-Za-z])|(?<![A-Za-z])[A-Za-z]\s*[+*/^]\s*[0-9]|!=|[<>≤≥≠±∓∞‰⩽⩾≦≧→↔]|[0-9)]\s*\+(?!\s*[0-9\\(])|[0-9)]\s*[~〜～]\s*[0-9]|\bnan\b|\binf\b",
+    re.I,
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _LEAD = re.compile(
@@ -348,7 +350,7 @@ def _end(run: _Run) -> int | None:
     """End of what belongs to the expression before: scale, percent and unit. `None` if that is no number, as "5x"."""
     after = run.after
     _, end = _scale(after, run.is_money)
-    if end == 0 and re.match(r"\s+[BKkMT](?![^\W\d_])", after):
+    if end == 0 and re.match(r"\s+[A-Za-z](?![\w.'])", after) and not _unit_after(after):
         return None
     if percent := _PERCENT.match(after, end):
         return percent.end()
@@ -367,7 +369,7 @@ def _unit_after(text: str) -> tuple[tuple[str, Fraction], int] | None:
     if match is None:
         return None
     word = match[1].replace("° ", "°")
-    for spelling in (word, word.lower()):
+    for spelling in (word, word.lower() if len(word) > 1 else word):  # 5 M is not 5 m
         if spelling in _UNITS:
             return _UNITS[spelling], match.end()
     for ending, exponent in (("sq", 2), ("cu", 3)):
