@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -91,6 +92,7 @@ def _agrees(number: Number, first: Number) -> bool:
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+_QUOTED = re.compile(r"(?<!\w)([\"'])([-+0-9.,/%]+)\1(?!\w)")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _POWER_OF_UNIT = re.compile(r"(?<=[^\W\d_])\s*\^\s*(?:\{\s*(-?\s*[0-9])\s*\}|(-?[0-9]))(?![0-9])")
 _COMMANDS = {
@@ -139,8 +141,7 @@ def _as_plain_math(text: str) -> str:
     r"""`text` in ASCII as far as numbers go: `3 × 10⁵` and `3 \times 10^5` -> `3 * 10^{5}`, `12{,}345` -> `12345`."""
     text = re.sub(r"(?<=[^\W\d_])[²³]", lambda match: "^2" if match[0] == "²" else "^3", text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = _VULGAR.sub(_vulgar_fraction, text)
-    text = to_compatible(text)
+    text = to_compatible(_QUOTED.sub(r"\2", _VULGAR.sub(_vulgar_fraction, text)))
     text = _COMMAND.sub(lambda match: _COMMANDS.get(match[0], match[0]), text)
     text = _SUMMED.sub(_sum_of_scales, strip_math_delimiters(strip_latex_text(text)))
     text = re.sub(r"\^\s*\{?\s*°\s*\}?", "°", text)
@@ -187,15 +188,18 @@ def _decimal_point(match: re.Match[str]) -> str:
 # --- What changes a number
 
 
+# With the vowel signs of Arabic and Devanagari, which are no letters for `re`: a word does not end before one
+_LETTER = r"(?:[^\W\d_]|[\u0300-\u036f\u064b-\u065f\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963])"
+
+
 def _pattern(words: list[str]) -> str:
     """Words, the longest first; `*` is any ending."""
     return "|".join(
-        re.escape(word).replace(r"\*", r"[^\W\d_]*").replace(r"\ ", r"\s+")
-        for word in sorted({word.casefold() for word in words}, key=len, reverse=True)
+        re.escape(word).replace(r"\*", f"{_LETTER}*").replace(r"\ ", r"\s+")
+        for word in sorted({unicodedata.normalize("NFKC", word).casefold() for word in words}, key=len, reverse=True)
     )
 
 
-_LETTER = r"[^\W\d_]"
 _IN_WORD = f"(?<!{_LETTER})"
 
 
@@ -233,7 +237,7 @@ _IS_SCALED = re.compile(rf"\s*(?:%|{_CURRENCY}|euro|(?:{_SCALES})(?!{_LETTER}))"
 # "1,5", "1.2.3", "1980s", "12:30", "B12", "covid-19", "12/5/1987": no number, or read in two ways
 _AMBIGUOUS = re.compile(
     r"[0-9][.,][0-9]+[.,][0-9]|[0-9],[0-9]|[0-9]:[0-9]|[0-9]s(?![^\W\d_])|[0-9]\s*/\s*[0-9]+\s*/\s*[0-9]"
-    rf"|(?<![0-9])(?![{UNSPACED}{HANGUL}]){_LETTER}-[0-9]|[0-9]\s*-\s*[0-9]+\s*-\s*[0-9]|[0-9]['′\"″]|[0-9]\s*\.\.+|[0-9]…|…\s*[0-9]"
+    rf"|(?<![0-9])(?![{UNSPACED}{HANGUL}]){_LETTER}-[0-9]|[0-9]\s*-\s*[0-9]+\s*-\s*[0-9]|[0-9](?:[\"″]|['′](?!{_LETTER}))|[0-9]\s*\.\.+|[0-9]…|…\s*[0-9]"
 )
 _REFUSED_SYMBOLS = re.compile(
     r"[0-9]\s*[?？؟]|[0-9)]\s*[-+*/(^]\s*[A-Za-z](?![A-Za-z])|(?<![A-Za-z])[A-Za-z]\s*[+*/^]\s*[0-9]|!=|[<>≤≥≠±∓∞‰⩽⩾≦≧→↔]|[0-9)]\s*\+(?!\s*[0-9\\(])|[0-9)]\s*[~〜～]\s*[0-9]|\bnan\b|\binf\b",
@@ -354,7 +358,7 @@ def _end(run: _Run) -> int | None:
         return None
     if percent := _PERCENT.match(after, end):
         return percent.end()
-    ordinal = re.match(r"(?:st|nd|rd|th)(?![^\W\d_])", after)
+    ordinal = re.match(r"(?:st|nd|rd|th|krát|mal)(?![^\W\d_])", after)
     if ordinal:
         return ordinal.end()
     unit = _unit_after(after[end:])
