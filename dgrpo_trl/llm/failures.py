@@ -82,6 +82,7 @@ class Retryable(Exception):
     """One attempt failed; the next may succeed."""
 
     def __init__(self, reason: str, detail: str, wait_seconds: float = 0.0, is_unavailable: bool = False):
+        super().__init__(f"{reason}: {detail}")
         self.reason, self.detail, self.wait_seconds = reason, detail, wait_seconds
         self.is_unavailable = is_unavailable  # says nothing about the request: others would fail alike
 

@@ -6,6 +6,7 @@ drawn again; the last draw's reason counts. A new task is an entry of `llm_tasks
 """
 
 import asyncio
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -117,6 +118,7 @@ class LLMEngine:
     async def _write(self, document: Document, task: str, shown: list[Block], drop: MakeDrop) -> Row | Drop:
         """The first reply that is a row; the reason of the last one if none is."""
         messages = [{"role": "user", "content": _prompt(document, task, shown)}]
+        read = functools.cache(lambda text: self._read(document, task, shown, text, drop))
         result: Row | Drop
         for sample in range(1 if self.client.config.temperature == 0 else self.config.max_draws):
             try:
@@ -125,14 +127,14 @@ class LLMEngine:
                     max_tokens=self.config.max_tokens,
                     schema=_SCHEMA,
                     sample=sample,
-                    is_usable=lambda text: isinstance(self._read(document, task, shown, text, drop), Row),
+                    is_usable=lambda text: isinstance(read(text), Row),
                 )
             except RequestFailed as error:
                 result = drop(error.reason, error.detail)
                 if error.reason == "refused_content":
                     continue
                 return result  # the client has tried as often as it helps
-            result = self._read(document, task, shown, completion.text, drop)
+            result = read(completion.text)
             if isinstance(result, Row):
                 return result
         return result
