@@ -187,18 +187,20 @@ def test_what_a_policy_thinks_is_not_shown_to_the_judge(judge_rows, prompt, comp
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "reason", "finish_reason"),
     [
-        chat_body("They name", "length"),
-        chat_body("<think>They name", "length"),
-        chat_body(None, "length", reasoning_content="They name"),
+        (chat_body("They name", "length"), "truncated", "length"),
+        (chat_body("<think>They name", "length"), "truncated", "length"),
+        (chat_body(None, "length", reasoning_content="They name"), "truncated", "length"),
+        (chat_body("<think>They name"), "truncated", "stop"),
+        (chat_body(None, reasoning_content="They name"), "reasoning_only", "stop"),
     ],
-    ids=["text", "thinking in the text", "thinking beside the text"],
+    ids=["text", "thinking in the text", "thinking beside the text", "thinking without end", "thinking alone"],
 )
-def test_a_cut_reply_says_its_finish_reason_and_what_to_set(judge_rows, caplog, body):
+def test_a_cut_reply_says_its_finish_reason_and_what_to_set(judge_rows, caplog, body, reason, finish_reason):
     with serving(lambda request, times: Fault(200, body)) as server:
         assert judge_rows(judge_at(server, max_tokens=300), ["Paris, France"]) == [None]
-    assert "1 x truncated" in caplog.text and "finish_reason 'length'" in caplog.text
+    assert f"1 x {reason}" in caplog.text and f"finish_reason {finish_reason!r}" in caplog.text
     assert "raise `max_tokens` (now 300)" in caplog.text and "enable_thinking" in caplog.text
 
 

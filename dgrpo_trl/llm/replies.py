@@ -51,10 +51,14 @@ def parse_reply(reply: Any, model: str) -> tuple[Completion, int, int]:
         raise Retryable("malformed_reply", "a tool was called")
     if not is_normal_end(finish_reason):
         raise Retryable("truncated", f"finish_reason {finish_reason!r}: {str(text)[-200:]}")
-    answer, shown = split_reasoning(encodable(text or ""), encodable(thinking or ""))
+    try:
+        answer, shown = split_reasoning(encodable(text or ""), encodable(thinking or ""))
+    except Retryable as cut:
+        raise Retryable(cut.reason, f"finish_reason {finish_reason!r}: {cut.detail}") from cut
     if not answer:
         if shown:
-            raise Retryable("reasoning_only", f"no `content`, but reasoning that ends with {shown[-200:]!r}")
+            detail = f"finish_reason {finish_reason!r}, no `content`, but reasoning that ends with {shown[-200:]!r}"
+            raise Retryable("reasoning_only", detail)
         raise Retryable("empty_reply", "no text")
     completion = Completion(answer, shown, encodable(finish_reason), encodable(str(reply.get("model") or model)))
     return completion, prompt_tokens, completion_tokens
