@@ -18,7 +18,7 @@ def _alternatives(words: list[str]) -> str:
 
 
 def _patterns(language: str, table: dict[str, Any]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """An announcement with a colon, anywhere; and one with a verb, at the start of a sentence."""
+    """An announcement with a colon, or as a heading; and one with a verb, at the start of a sentence."""
     gap = "" if language in _NO_SPACES else r"(?=[\s*_:：﹕︓꞉=—–-]|\Z)"
     space = r"[\s*_]*" if language in _NO_SPACES else r"[\s*_,،]+"
     start = "" if language in ("ja", "zh") else r"(?<!\w)"
@@ -32,7 +32,8 @@ def _patterns(language: str, table: dict[str, Any]) -> tuple[re.Pattern[str], re
         verb = rf"(?:{verb}|(?=\s+\S))"
     beginning = rf"(?:\A|[\n.!?。！？؟।:：,，、;])\s*{_OPENING}(?:{word}{space}){{0,4}}"
     filler = "(?:that |dass |que |że |että |hogy |att |at )?"
-    with_colon = rf"{noun}{around}(?:{verb})?{_COLON}"
+    heading = rf"(?:\A|\n)[ \t]*[#*_]{{1,6}}[ \t]*(?:{word}{space}){{0,4}}{noun}[ \t*_]*\n"
+    with_colon = rf"{noun}{around}(?:{verb})?{_COLON}|{heading}"
     with_verb = rf"{beginning}{noun}{around}{verb}[\s*_]*{filler}"
     return re.compile(with_colon, re.IGNORECASE), re.compile(with_verb, re.IGNORECASE)
 
