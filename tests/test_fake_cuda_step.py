@@ -15,7 +15,7 @@ from test_prefix_attention import LAYOUT, random_qkv
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
-from dgrpo_trl import DGRPOTrainer, rollouts, teacher, trainer
+from dgrpo_trl import DGRPOTrainer, rollouts, teacher, teacher_term, trainer
 from dgrpo_trl.losses import Distillation, LMHead, token_terms
 from dgrpo_trl.shared_prefix import Sequences, kernels, packed_attention
 from dgrpo_trl.shared_prefix.kernels import TorchFlashKernel
@@ -346,7 +346,7 @@ PLACES = {
     "teacher's states": (teacher.Teacher, "hidden_states", ()),
     "teacher's LM head": (teacher, "lm_head", ("weight",)),
     "masks of regrouped rows": (trainer, "regroup", ("completion_mask",)),
-    "mask of the loss": (trainer, "loss_mask", ()),
+    "mask of the loss": (teacher_term, "loss_mask", ()),
     "offsets of sequences": (kernels, "_offsets", ()),
 }
 

@@ -19,6 +19,7 @@ def compile_with(backend, monkeypatch):
     """As on CUDA, but with this backend, and on the CPU."""
     torch._dynamo.reset()
     monkeypatch.setattr(Fused, "device_type", "cpu")
+    monkeypatch.setattr(Fused, "is_possible", True)  # other tests may have run where nothing compiles
     for function in FUNCTIONS:
         monkeypatch.setattr(function, "compiled", torch.compile(function.function, backend=backend, fullgraph=True))
 
@@ -74,7 +75,6 @@ def test_where_compilation_fails_the_loss_runs_uncompiled_with_one_warning(monke
     def fails(graph, inputs):
         raise RuntimeError("no Triton here")
 
-    monkeypatch.setattr(Fused, "is_possible", True)
     compile_with(fails, monkeypatch)
     torch.testing.assert_close(loss_and_gradients("jsd"), expected, rtol=0, atol=0)
     assert [record.levelname for record in caplog.records if record.name == "dgrpo_trl.fused"] == ["WARNING"]
