@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dgrpo_trl.fused import Fused
 from dgrpo_trl.shared_prefix import MathKernel, Sequences
 
 
@@ -255,6 +256,7 @@ def fake_cuda(num_devices: int = 1) -> Iterator[FakeCudaMode]:
         stack.enter_context(mock.patch("torch.cuda._initialized", True))
         stack.enter_context(mock.patch("torch.accelerator.current_accelerator", lambda *_, **__: torch.device("cuda")))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # whether or not there is a Triton
+        stack.enter_context(mock.patch.object(Fused, "is_possible", True))  # and after a test that must fail
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))  # no mode in other threads
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch.object(Tensor, "backward", backward))

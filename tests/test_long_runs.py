@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dgrpo_trl import DGRPOTrainer
-from dgrpo_trl.cli import train_dgrpo
 from dgrpo_trl.run.checkpoints import CompleteCheckpoints, latest_checkpoint, mark_complete, resolve_checkpoint
 from dgrpo_trl.run.signals import EXIT_REQUEUE, StopOnSignal
 from dgrpo_trl.run.training import train_to_the_end
@@ -211,27 +211,14 @@ def stopping(completions, **kwargs):
 """
 
 
-def begin_a_process(monkeypatch, folder, requeue):
-    """What a new one would have: these variables, no others of wandb, and no module of an earlier test."""
-    for name in {"WANDB_RUN_ID", "WANDB_RESUME"} | {name for name in os.environ if name.startswith("WANDB_")}:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("DGRPO_REQUEUE_FILE", str(requeue))
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.chdir(folder)
-
-
-def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(
-    tokenizer, saved_teacher, tmp_path, monkeypatch
-):
-    wandb = pytest.importorskip("wandb")
+def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(tokenizer, saved_teacher, tmp_path):
     build_model().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [{"prompt": [{"role": "user", "content": f"Number {i}?"}], "answer": str(i)} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARDS)
-    arguments = [
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "train_dgrpo.py")),
         *("--config", str(ROOT / "recipes" / "smollm2-135m" / "dgrpo" / "demo.yaml")),
         *("--model_name_or_path", "student", "--teacher_model_name_or_path", saved_teacher),
         *("--dataset_name", "rows.jsonl", "--reward_funcs", "my_rewards.stopping", "--output_dir", "out"),
@@ -239,16 +226,20 @@ def test_a_script_that_is_stopped_asks_to_be_started_again_and_resumes(
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     ]
     requeue = tmp_path / "requeue"
-    begin_a_process(monkeypatch, tmp_path, requeue)
-    with pytest.raises(SystemExit) as exit:
-        train_dgrpo.main(arguments)
-    assert exit.value.code == EXIT_REQUEUE
+    environment = {
+        # Without those of another test's run: wandb has one session per process, hence the processes
+        **{name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
+        "DGRPO_REQUEUE_FILE": str(requeue),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+        "WANDB_MODE": "offline",
+    }
+    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert first.returncode == EXIT_REQUEUE, first.stderr[-3000:]
     assert requeue.exists() and not (tmp_path / "out" / "model.safetensors").exists()
     run_id = (tmp_path / "out" / "wandb_run_id.txt").read_text().strip()
     requeue.unlink()
-    wandb.finish()
-    begin_a_process(monkeypatch, tmp_path, requeue)
-    train_dgrpo.main(arguments)
+    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and not requeue.exists()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
