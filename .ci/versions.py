@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("accelerate", "datasets", "huggingface-hub", "peft", "tokenizers", "transformers", "trl")
 TESTS = (
     "trl_compat trainer prefix prefix_trainer sharing losses long_runs scripts recipes command_lines checks "
-    "training_data inspection run_metrics model_card evaluation_generation quantized"
+    "run_metrics model_card evaluation_generation quantized"
 ).split()
 
 
