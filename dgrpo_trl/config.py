@@ -18,6 +18,11 @@ from .shared_prefix import BACKEND_CHOICES, check_backend
 
 SHARED_PREFIX_MODES = ("auto", "on", "off")
 GATES = ("all", "below_reward", "no_variance")
+_KEEP_SPECIAL_TOKENS_HELP = (
+    "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return and in what "
+    "environments show; 'all' keeps all of them. Others are broken up, so that a document cannot end a turn. Give it "
+    "to every stage of a model."
+)
 
 
 @dataclass
@@ -151,11 +156,7 @@ class DGRPOConfig(GRPOConfig):
     # Parameters that control prompts
     keep_special_tokens: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
-            "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
-            "end a turn. Give it to every stage of a model."
-        },
+        metadata={"help": _KEEP_SPECIAL_TOKENS_HELP},
     )
 
     # Parameters that control lengths
@@ -427,11 +428,7 @@ class SFTScriptArguments(TrainingRunArguments):
 
     keep_special_tokens: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Special tokens of the tokenizer that are meant where they stand in prompts, in what tools return "
-            "and in what environments show; 'all' keeps all of them. Others are broken up, so that a document cannot "
-            "end a turn. Give it to every stage of a model."
-        },
+        metadata={"help": _KEEP_SPECIAL_TOKENS_HELP},
     )
 
     def __post_init__(self) -> None:

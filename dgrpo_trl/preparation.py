@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .checks import image_problems, missing_reward_problems, raise_problems, run_findings
 from .config import DGRPOConfig
+from .data_loading import AnyDataset
 from .models import read_models, refuse_adapter
 from .row_checks import named_datasets
 from .teacher import resolve_teacher
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
 AnyDatasets: TypeAlias = AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 

@@ -160,10 +160,12 @@ class Schedule:
 
     def missing_metric(self, logs: Sequence[Mapping[str, Any]]) -> str | None:
         """A message if what was logged so far shows that `metric` never will be."""
+        if not self.reads_logs:
+            return None
         prefix = "eval_"
         is_eval = self.metric.startswith(prefix)
         entries = [entry for entry in logs if (f"{prefix}runtime" in entry if is_eval else "loss" in entry)]
-        if not self.reads_logs or not entries or any(self.metric in entry for entry in entries):
+        if not entries or any(self.metric in entry for entry in entries):
             return None
         return (
             f"`distill_scheduler_kwargs` names the metric {self.metric!r}, which is not logged: the coefficient would "

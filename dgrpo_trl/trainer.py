@@ -16,8 +16,9 @@ from trl import GRPOTrainer
 
 from .checks import placement_problems, raise_problems, sharing_problems
 from .config import DGRPOConfig
+from .data_loading import AnyDataset
 from .models import BASE_TEACHER
-from .preparation import AnyDataset, AnyDatasets, ProcessingClass, no_reward, prepare
+from .preparation import AnyDatasets, ProcessingClass, no_reward, prepare
 from .prompts import CheckedPrompts
 from .rewards.guard import GuardedRewards
 from .rollouts import Rollouts, confirm, score

@@ -37,10 +37,11 @@ class GuardedRewards(GRPOTrainer):
         self.reward_funcs = [
             guarded(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
         ]
-        if self._template_opens_thinking(prompts):
+        reads_answers = [compares_references(func) for func in reward_funcs]
+        if any(reads_answers) and self._template_opens_thinking(prompts):
             self.reward_funcs = [
-                _with_open_thinking(call) if compares_references(func) else call
-                for func, call in zip(reward_funcs, self.reward_funcs, strict=True)
+                _with_open_thinking(call) if reads else call
+                for reads, call in zip(reads_answers, self.reward_funcs, strict=True)
             ]
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
