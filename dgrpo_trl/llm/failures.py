@@ -32,7 +32,9 @@ REQUEST_REASONS = {
     reason: outcome.resume == "--retry_failed" for reason, outcome in OUTCOMES.items() if outcome.then != "stop"
 }
 # Replies that are wrong in themselves, and were paid for: the next may be better, but the tenth is not
-CONTENT_REASONS = tuple(reason for reason, outcome in OUTCOMES.items() if outcome.retries == 2)
+CONTENT_REASONS = tuple(
+    reason for reason, outcome in OUTCOMES.items() if outcome.then == "retry" and outcome.retries != "max_retries"
+)
 # The answers of a server that is starting, overloaded, or unreachable behind its gateway
 UNAVAILABLE_STATUSES = (429, 502, 503)
 
