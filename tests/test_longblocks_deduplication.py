@@ -230,6 +230,19 @@ def mix(tmp_path, rows, **config):
     return [drop and drop.reason for _, _, drop in mixer.decisions("part")]
 
 
+@pytest.mark.parametrize(
+    ("config", "num_code", "num_other"),
+    [({}, 20, 20), ({"max_code_share": 0.2}, 5, 20), ({"max_code_share": 1}, 60, 20), ({"max_code_share": 0}, 0, 20)],
+)
+def test_at_most_a_share_of_the_rows_is_on_code(config, num_code, num_other, tmp_path):
+    rows = [make_row(f"Q{n}?", str(n), source="code" if n % 4 else "books", document_id=str(n)) for n in range(80)]
+    for some, expected in ((rows, (num_code, num_other)), ([r for r in rows if r.source == "code"], (60, 0))):
+        mixer = Mixer(tmp_path / "mix.sqlite", MixingConfig(**config))
+        mixer.select((("part", n, row) for n, row in enumerate(some)), is_code=lambda row: row.source == "code")
+        kept = Counter(some[n].source for n, _, drop in mixer.decisions("part") if drop is None)
+        assert (kept["code"], kept["books"]) == expected
+
+
 def test_equal_questions_stay_once(tmp_path):
     rows = [
         make_row("Who?", "A"),

@@ -36,6 +36,8 @@ CODE = "\n\n\n".join(
 )
 
 
+NEED_NO_STRUCTURE = [task for task in TASKS if not task.startswith(("play_", "heading", "code_", "passage_"))]
+
 ASKED = sorted(language for language, phrases in LANGUAGES.items() if "follow" in phrases)
 
 
@@ -336,7 +338,7 @@ def test_code_gets_its_facts_as_comments(task):
 
 
 def test_rows_have_their_length_and_a_document_of_their_own():
-    for task in TASKS:
+    for task in NEED_NO_STRUCTURE:
         for row in make_rows(task):
             assert 300 <= count_tokens(f"{row.document}\n\n{row.question}") <= 1500
             for evidence in row.evidence:
@@ -378,7 +380,7 @@ def test_rows_are_the_same_in_every_process():
     code = """
 import sys; sys.path.insert(0, "tests")
 from test_longblocks_rule_engine import *
-print([row.id for task in TASKS for row in make_rows(task, num_documents=2)])
+print([row.id for task in NEED_NO_STRUCTURE for row in make_rows(task, num_documents=2)])
 """
     results = {
         subprocess.run(

@@ -7,6 +7,7 @@ to get without knowing the answer, and a right answer in an unusual form may get
 - [`exact_match_reward`]: the answer is the reference, after normalization;
 - [`contains_answer_reward`]: the answer is a short sentence around the reference;
 - [`token_f1_reward`]: share of common tokens, in [0, 1];
+- [`list_match_reward`]: share of common items of two lists, in [0, 1], whatever their order;
 - [`numeric_reward`]: the answer is one number, equal to the reference;
 - [`LLMJudgeReward`]: a model at an OpenAI-compatible server says whether the answer is right.
 

@@ -22,7 +22,13 @@ from .extraction import (
 from .text import answer_tokens
 
 
-__all__ = ["contains_answer_reward", "exact_match_reward", "get_contains_answer_reward", "token_f1_reward"]
+__all__ = [
+    "contains_answer_reward",
+    "exact_match_reward",
+    "get_contains_answer_reward",
+    "list_match_reward",
+    "token_f1_reward",
+]
 
 # The reference of one row, or several of which any is right
 References = str | list[str] | None
@@ -229,3 +235,33 @@ def token_f1_reward(completions: list[TextOrMessages], answer: list[References],
         return 2 * num_common / (len(tokens) + len(reference_tokens))
 
     return score_rows(completions, answer, score, kwargs.get("prompts"))
+
+
+_ITEM_BORDERS = re.compile(r"[,;\n、，；]|\band\b")
+_BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
+
+
+def list_match_reward(
+    completions: list[TextOrMessages], answer: list[References], **kwargs: Any
+) -> list[float | None]:
+    """Items that the answer and the reference share, as a share of those in either: the Jaccard index of two sets.
+
+    Items are parted by commas, semicolons, lines and "and", with or without bullets; their order and repetitions make
+    no difference. It is 1 only for the same set, and each wrong item costs: n candidates of which one is right get
+    1 / n. A reference of one item is compared as by [`exact_match_reward`].
+
+    Arguments are as for [`exact_match_reward`]; the reward is between 0.0 and 1.0, the best of several references.
+    """
+
+    def score(prediction: str, reference: str) -> float:
+        expected, given = _items(reference), _items(prediction)
+        if len(expected) == 1:
+            return float(answer_tokens(prediction) == answer_tokens(reference))
+        return len(expected & given) / len(expected | given)
+
+    return score_rows(completions, answer, score, kwargs.get("prompts"))
+
+
+def _items(text: str) -> set[tuple[str, ...]]:
+    items = (answer_tokens(_BULLET.sub("", item)) for item in _ITEM_BORDERS.split(text))
+    return {tuple(item) for item in items if item}

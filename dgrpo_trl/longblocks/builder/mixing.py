@@ -2,7 +2,7 @@
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,12 @@ class MixingConfig(StrictModel):
 
     max_rows: int | None = Field(default=None, ge=1, description="Rows of the data set at most.")
     max_rows_per_document: int | None = Field(default=None, ge=1, description="Rows per document at most.")
+    max_code_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the rows on code at most, where other documents have rows as well; 1: as they come.",
+    )
     share_by: Literal["task", "language", "source"] = Field(default="task", description="What `shares` are of.")
     shares: dict[str, float] = Field(
         default_factory=dict,
@@ -43,7 +49,7 @@ class Mixer:
     def __init__(self, path: Path, config: MixingConfig):
         self.path, self.config = path, config
 
-    def select(self, rows: Iterable[tuple[str, int, Row]]) -> None:
+    def select(self, rows: Iterable[tuple[str, int, Row]], is_code: Callable[[Row], bool] = lambda row: False) -> None:
         """Reads all rows, each with its part and its position there, and decides on each.
 
         The first of equal rows stays: equal are those with the same question on the same document, and those with the
@@ -53,11 +59,11 @@ class Mixer:
         with closing(sqlite3.connect(self.path)) as database, database:
             database.execute(
                 "CREATE TABLE rows (part TEXT, position INTEGER, id TEXT, document TEXT, question TEXT, pair TEXT, "
-                "kind TEXT, source TEXT, draw TEXT, reason TEXT)"
+                "kind TEXT, source TEXT, draw TEXT, code INTEGER, reason TEXT)"
             )
             database.executemany(
-                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (self._entry(part, position, row) for part, position, row in rows),
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                ((*self._entry(part, position, row), is_code(row)) for part, position, row in rows),
             )
             for columns in ("document, question", "pair"):
                 database.execute(
@@ -66,6 +72,7 @@ class Mixer:
                 )
             if self.config.max_rows_per_document is not None:
                 self._limit(database, "document", self.config.max_rows_per_document, "enough_of_document")
+            self._limit_code(database)
             self._share(database)
             if self.config.max_rows is not None:
                 self._limit(database, "1", self.config.max_rows, "enough_rows")
@@ -84,6 +91,17 @@ class Mixer:
             f"(PARTITION BY {group} ORDER BY draw, rowid) AS place FROM rows WHERE reason IS NULL) WHERE place > ?)",
             (reason, number),
         )
+
+    def _limit_code(self, database: sqlite3.Connection) -> None:
+        share = self.config.max_code_share
+        query = "SELECT COUNT(*) FROM rows WHERE reason IS NULL AND NOT code"
+        num_other = database.execute(query).fetchone()[0]
+        if share < 1 and num_other:
+            database.execute(
+                "UPDATE rows SET reason = 'over_code_share' WHERE rowid IN (SELECT rowid FROM rows WHERE reason IS NULL "
+                "AND code ORDER BY draw, rowid LIMIT -1 OFFSET ?)",
+                (int(num_other * share / (1 - share) + 1e-9),),
+            )
 
     def _share(self, database: sqlite3.Connection) -> None:
         if not self.config.shares:

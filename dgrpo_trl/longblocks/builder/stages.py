@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..records import Document, Drop
+from ..records import Document, Drop, Row
 from ..sources.reading import SourceConfig
 from .build import Build
 from .card import Statistics, write_card
@@ -99,11 +99,16 @@ def choose_rows(build: Build) -> None:
     if all(store.is_complete("mixing", part) for part in parts):
         return
     mixer = Mixer(store.folder / "mixing.sqlite", build.config.mixing)
-    mixer.select(
-        (part, position, row_of(record))
-        for part in parts
-        for position, record in enumerate(store.records("decontamination", part))
-    )
+    kinds: dict[str, str] = {}  # of the documents of one part
+
+    def rows() -> Iterator[tuple[str, int, Row]]:
+        for part in parts:
+            kinds.clear()
+            kinds.update((record["id"], record["kind"]) for record in store.records("sources", part, ["id", "kind"]))
+            for position, record in enumerate(store.records("decontamination", part)):
+                yield part, position, row_of(record)
+
+    mixer.select(rows(), is_code=lambda row: kinds[row.document_id] == "code")
     for part in parts:
         store.remove("mixing", part)
         build.write_decisions("mixing", part, mixer.decisions(part))

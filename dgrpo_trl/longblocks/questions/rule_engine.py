@@ -10,6 +10,13 @@ A row's document is a window of a real one, of a chosen length. The task decides
 | `reconstruction` | blocks taken out, whose order is asked for | with these phrases, code |
 | `counting` | nothing: how often does a word occur? | with this phrase, code |
 | `unanswerable` | a chain, or facts (English, code), without the last of those needed | with these phrases, code |
+| `passage_order` | nothing: four sentences, whose order is asked for | English |
+| `play_*` | nothing: who says it, after whom, who enters, who speaks most or at all: [`plays`] | English plays |
+| `heading*` | nothing: heading of a passage, headings with a word, references: [`headings`] | English |
+| `code_*` | nothing: caller, callers, chain, raiser, default: [`python_code`] | Python |
+
+The last four need the structure of a text: only documents that have it are asked, and only where one answer is
+certain in the window. The answers of `play_speakers`, `headings` and `code_callers` are lists: `list_match_reward`.
 
 The phrases of a language are in `languages.yaml`. A new task is a method of [`RuleEngine`] and a line in `TASKS`.
 
@@ -35,6 +42,7 @@ from pydantic import Field, field_validator
 from ...strict_model import StrictModel
 from ..records import UNANSWERABLE, Document, Drop, Evidence, Row
 from ..sources.files import comment_prefix
+from . import headings, passages, plays, python_code
 from .blocks import Block, terms
 from .facts import Case, Facts, count_word
 from .languages import LANGUAGES, not_stated, or_say_not_stated
@@ -106,6 +114,7 @@ class Task:
     # Makes a draft of a window, `None` if it does not fit with these draws
     draft: "Callable[[RuleEngine, random.Random, Window], Draft | None]"
     phrase: str | None = None  # that `languages.yaml` must hold for a language; by default only English is asked
+    fits: Callable[[Document], bool] = lambda document: True  # whether a document has the structure that is asked for
 
     def has_language(self, language: str) -> bool:
         """Whether it can be asked in a language."""
@@ -154,6 +163,9 @@ class RuleEngine:
             return drop("no_template_for_language", language)
         if len(blocks) < 3:
             return drop("too_short_for_task", f"{len(blocks)} blocks")
+        weights = {name: weight for name, weight in weights.items() if TASKS[name].fits(document)}
+        if not weights:
+            return drop("no_fit", "the document has not the structure that the tasks need")
         task = rng.choices(list(weights), list(weights.values()))[0]
         length = self.config.lengths[number % len(self.config.lengths)]
         max_tokens = int((length or 0) * 0.9)
@@ -247,7 +259,9 @@ class RuleEngine:
         words = sorted(w for w, n in counts.items() if 2 <= n <= 9 and len(w) >= 5 and w.isalpha())
         if not words:
             return None
-        word = rng.choice(words)
+        # First the number: most words occur twice, and "2" would be right most of the time
+        number = rng.choice(sorted({counts[word] for word in words}))
+        word = rng.choice([word for word in words if counts[word] == number])
         in_blocks = [re.findall(r"\w+", text.lower()).count(word) for text in texts]
         # A block may end within a word; and capitals may be those of another word too: "ſ", "İ"
         as_read = len(re.findall(rf"\b{re.escape(word)}\b", document, re.IGNORECASE))
@@ -310,7 +324,8 @@ class RuleEngine:
         prefix = f"{comment_prefix(document.source_id)} " if document.kind == "code" else None
         lines = [(fact, True) for fact in case.evidence] + [(fact, False) for fact in case.near_misses]
         rng.shuffle(lines)
-        pieces, evidence = insert_facts(rng, window.texts, window.between, lines, document.kind, prefix)
+        closed = _in_strings(window) if document.kind == "code" else ()
+        pieces, evidence = insert_facts(rng, window.texts, window.between, lines, document.kind, prefix, closed)
         return None if pieces is None else Draft(pieces, window.between, evidence, question, case.answer)
 
 
@@ -323,7 +338,33 @@ TASKS: dict[str, Task] = {
     "reconstruction": Task(0.15, RuleEngine.reconstruct, "reconstruct"),
     "counting": Task(0.1, RuleEngine.count, "count"),
     UNANSWERABLE: Task(0.05, RuleEngine.ask_unanswerable, "follow"),
+    "passage_order": Task(0.1, passages.order_passages, fits=lambda document: document.kind != "code"),
+    "play_speaker": Task(0.1, plays.ask_speaker, fits=plays.is_play),
+    "play_reply": Task(0.1, plays.ask_reply, fits=plays.is_play),
+    "play_entry": Task(0.1, plays.ask_entry, fits=plays.is_play),
+    "play_most": Task(0.1, plays.ask_most, fits=plays.is_play),
+    "play_speakers": Task(0.1, plays.list_speakers, fits=plays.is_play),
+    "heading": Task(0.15, headings.ask_heading, fits=headings.is_headed),
+    "headings": Task(0.1, headings.list_headings, fits=headings.is_headed),
+    "heading_reference": Task(0.1, headings.ask_reference, fits=headings.is_headed),
+    "code_caller": Task(0.1, python_code.ask_caller, fits=python_code.is_python),
+    "code_callers": Task(0.1, python_code.list_callers, fits=python_code.is_python),
+    "code_chain": Task(0.1, python_code.ask_chain, fits=python_code.is_python),
+    "code_raiser": Task(0.1, python_code.ask_raiser, fits=python_code.is_python),
+    "code_default": Task(0.05, python_code.ask_default, fits=python_code.is_python),
 }
+
+
+def _in_strings(window: Window) -> set[int]:
+    """The pieces of a window of Python that begin within a string over several lines, such as a docstring."""
+    module = python_code.parsed(window.document.text) if python_code.is_python(window.document) else None
+    strings, position, found = module.strings if module else (), window.start, set()
+    for number, (space, text) in enumerate(zip(window.between, window.texts, strict=True)):
+        position += len(space)
+        if any(start < position < end for start, end in strings):
+            found.add(number)
+        position += len(text)
+    return found
 
 
 def _whole_words(text: str) -> Counter[str]:

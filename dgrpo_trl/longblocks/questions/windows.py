@@ -3,7 +3,9 @@
 import itertools
 import random
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from ..records import Document, Kind
 from .blocks import Block, blocks_at
@@ -24,6 +26,7 @@ class Window:
     texts: list[str]  # of its blocks
     between: list[str]  # white space before each block
     num_tokens: float
+    start: int = 0  # in the document
 
     @classmethod
     def of(cls, document: Document, num_tokens: int, language: str, blocks: list[Block]) -> "Window":
@@ -36,6 +39,7 @@ class Window:
             texts=[block.text for block in blocks],
             between=["", *(document.text[a.end : b.start] for a, b in itertools.pairwise(blocks))],
             num_tokens=len(text) / len(document.text) * num_tokens,
+            start=blocks[0].start,
         )
 
 
@@ -73,12 +77,15 @@ def insert_facts(
     facts: list[tuple[str, bool]],
     kind: Kind,
     comment: str | None,
+    closed: Collection[int] = (),
 ) -> tuple[list[str] | None, set[int]]:
     """Writes facts into pieces: these, or `None` if there are too few, and the indices of those with evidence.
 
-    A piece with evidence holds no near miss, so that the evidence alone is not ambiguous.
+    A piece with evidence holds no near miss, so that the evidence alone is not ambiguous. Nothing is written into the
+    pieces of `closed`, nor between the lines of verse: there a fact is a paragraph of its own.
     """
-    usable = _usable(pieces, between, kind)
+    is_verse = kind == "text" and _is_verse("\n\n".join(pieces))
+    usable = [index for index in _usable(pieces, between, "verse" if is_verse else kind) if index not in closed]
     num_evidence = sum(is_evidence for _, is_evidence in facts)
     if len(usable) < num_evidence + 1:
         return None, set()
@@ -92,7 +99,7 @@ def insert_facts(
         if kind == "code":
             indentation = between[index].rpartition("\n")[2]
             pieces[index] = f"{comment}{fact}{newline}{indentation}{piece}"
-        elif kind == "markdown":
+        elif kind == "markdown" or is_verse:
             pieces[index] = f"{piece}{newline}{newline}{fact}"
         else:
             ends = [match.end() for match in _SENTENCE_END.finditer(piece)]
@@ -105,8 +112,20 @@ def insert_facts(
     return pieces, evidence
 
 
-def _usable(pieces: list[str], between: list[str], kind: Kind) -> list[int]:
-    """The pieces that facts may be written into: of code those that begin a line, of Markdown those outside fences."""
+def _is_verse(text: str) -> bool:
+    """Whether most lines that are not the first of a paragraph are short and begin with a capital."""
+    lines = [lines[1:] for paragraph in text.split("\n\n") if len(lines := paragraph.splitlines()) > 2]
+    inner = [line.strip() for group in lines for line in group if line.strip()]
+    return len(inner) >= 8 and sum(line[0].isupper() and len(line) < 70 for line in inner) > 0.6 * len(inner)
+
+
+def _usable(pieces: list[str], between: list[str], kind: Kind | Literal["verse"]) -> list[int]:
+    """The pieces that facts may be written into.
+
+    Of code those that begin a line, of Markdown those outside fences, of verse those that end a paragraph.
+    """
+    if kind == "verse":
+        return [i for i in range(len(pieces)) if i + 1 == len(pieces) or between[i + 1].count("\n") > 1]
     if kind == "code":
         return [i for i, space in enumerate(between) if i == 0 or "\n" in space]
     if kind == "markdown":
