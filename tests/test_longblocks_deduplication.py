@@ -243,6 +243,14 @@ def test_at_most_a_share_of_the_rows_is_on_code(config, num_code, num_other, tmp
         assert (kept["code"], kept["books"]) == expected
 
 
+def test_a_limit_of_rows_keeps_the_share_of_code(tmp_path):
+    rows = [make_row(f"Q{n}?", str(n), source="code" if n % 4 else "books", document_id=str(n)) for n in range(800)]
+    mixer = Mixer(tmp_path / "mix.sqlite", MixingConfig(max_rows=200))
+    mixer.select((("part", n, row) for n, row in enumerate(rows)), is_code=lambda row: row.source == "code")
+    kept = Counter(rows[n].source for n, _, drop in mixer.decisions("part") if drop is None)
+    assert kept.total() == 200 and 40 <= kept["code"] <= 100
+
+
 def test_equal_questions_stay_once(tmp_path):
     rows = [
         make_row("Who?", "A"),

@@ -96,12 +96,17 @@ class Mixer:
         share = self.config.max_code_share
         query = "SELECT COUNT(*) FROM rows WHERE reason IS NULL AND NOT code"
         num_other = database.execute(query).fetchone()[0]
-        if share < 1 and num_other:
-            database.execute(
-                "UPDATE rows SET reason = 'over_code_share' WHERE rowid IN (SELECT rowid FROM rows WHERE reason IS NULL "
-                "AND code ORDER BY draw, rowid LIMIT -1 OFFSET ?)",
-                (int(num_other * share / (1 - share) + 1e-9),),
-            )
+        if share == 1 or not num_other:
+            return
+        most = num_other * share / (1 - share)
+        if self.config.max_rows is not None:
+            most = min(most, self.config.max_rows * share)
+        # The other half of the hash: what `max_rows` draws afterwards must not depend on this draw
+        database.execute(
+            "UPDATE rows SET reason = 'over_code_share' WHERE rowid IN (SELECT rowid FROM rows WHERE reason IS NULL "
+            "AND code ORDER BY substr(draw, 33), rowid LIMIT -1 OFFSET ?)",
+            (int(most + 1e-9),),
+        )
 
     def _share(self, database: sqlite3.Connection) -> None:
         if not self.config.shares:

@@ -228,7 +228,8 @@ class RuleEngine:
         inner = range(1, len(texts) - 1)
         usable = [i for i in inner if repeats[texts[i]] == 1 and len(texts[i]) >= 80]
         rng.shuffle(usable)
-        num_gaps = rng.randint(self.config.min_gaps, self.config.max_gaps)
+        # Two only where there is no room for more: "A, B" would be right half of the time
+        num_gaps = rng.randint(min(max(3, self.config.min_gaps), self.config.max_gaps), self.config.max_gaps)
         gaps: list[int] = []
         for index in usable:
             is_apart = all(abs(index - other) > 2 for other in gaps)
