@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dgrpo_trl.longblocks.questions.baselines import Baselines
 from dgrpo_trl.longblocks.questions.blocks import BlocksConfig, split_blocks
 from dgrpo_trl.longblocks.questions.python_code import parsed
 from dgrpo_trl.longblocks.questions.rule_engine import RuleEngine, RuleEngineConfig
@@ -120,7 +121,7 @@ def test_plays_that_leave_an_answer_open_are_not_asked_about(task, text):
 
 
 @pytest.mark.parametrize(
-    ("heading", "kind"), [("## {title}", "markdown"), ("{number} {title}", "text"), (":{title}:", "text")]
+    ("heading", "kind"), [("## {title}", "markdown"), ("{number}4. {title}", "text"), (":{title}:", "text")]
 )
 def test_a_passage_stands_under_the_heading_before_it(heading, kind):
     rows, _ = make_rows("heading", make_manual(heading), kind)
@@ -128,7 +129,7 @@ def test_a_passage_stands_under_the_heading_before_it(heading, kind):
     for row in rows:
         (quote,) = re.findall("“(.*?)”", row.question)
         before = row.document[: row.document.index(quote)]
-        last = [line for line in before.splitlines() if re.match(r"## |\d+\. |:", line)][-1]
+        last = [line for line in before.splitlines() if re.match(r"## |\d+\.4\. |:", line)][-1]
         assert re.sub("^## |:", "", last) == row.answer
         assert row.document.count(quote) == 1
 
@@ -158,7 +159,15 @@ def test_the_section_that_refers_to_another_is_found():
 
 @pytest.mark.parametrize("task", ["heading", "headings", "heading_reference"])
 def test_headings_that_repeat_or_are_none_are_not_asked_for(task):
-    for text in (make_manual(same_titles=True), make_play()[0], "\n".join(f"{n}. Topic {n}" for n in range(400))):
+    items = make_manual("{number} {title}")  # may be the items of a list
+    underlined = re.sub(r"(?m)^## (Care of l.*)$", r"\1\n=======", make_manual())
+    assert make_rows(task, underlined, "markdown")[0] == []
+    for text in (
+        items,
+        make_manual(same_titles=True),
+        make_play()[0],
+        "\n".join(f"{n}. Topic {n}" for n in range(400)),
+    ):
         assert make_rows(task, text, "markdown" if text.startswith("#") else "text")[0] == []
 
 
@@ -280,16 +289,11 @@ def make_rows_inserted(text, kind, name):
 
 
 def scores_without_reading(rows):
-    """What three get: the most frequent answer, a name of the question alone, and the line of its first hit."""
-    majority = Counter(row.answer for row in rows).most_common(1)[0][1] / len(rows)
-
-    def first_hit(row):
-        words = re.findall("[“`](.*?)[”`]", row.question) or [""]
-        line = next((line for line in row.document.splitlines() if words[0][:30] in line), "")
-        return line.strip().rstrip(".") == row.answer or re.findall(r"\w+", line)[-1:] == [row.answer]
-
-    closed = sum(row.answer in re.findall("[“`](.*?)[”`]", row.question) for row in rows) / len(rows)
-    return {"majority": majority, "closed book": closed, "grep": sum(map(first_hit, rows)) / len(rows)}
+    baselines = Baselines()
+    for row in rows:
+        baselines.add(row.task, row.question, row.answer, row.document)
+    (shares,) = baselines.shares()
+    return dict(zip(("majority", "closed book", "grep"), (int(share[:-1]) for share in shares[2:]), strict=True))
 
 
 @pytest.mark.parametrize("task", [*PLAY_TASKS, "passage_order", "heading", *CODE_TASKS])
@@ -301,7 +305,20 @@ def test_neither_a_constant_nor_a_grep_answers(task):
     else:
         made = [make_rows(task, make_manual(num_sections=n), "markdown")[0] for n in (30, 40, 50)]
     scores = scores_without_reading([row for rows in made for row in rows])
-    assert all(score <= 0.4 for score in scores.values()), scores
+    if task == "passage_order":  # the options are letters
+        del scores["closed book"]
+    if task == "code_default":  # the line of the parameter holds its default: only the file must be searched
+        del scores["grep"]
+    assert all(score <= 40 for score in scores.values()), scores
+
+
+def test_what_does_without_reading_is_counted():
+    baselines = Baselines()
+    text = "The mill of Ashwick has 12 doors.\nThe church of Ashwick has 30 windows. A bird sang."
+    for answer in ("30", "30", "12", "Ashwick"):
+        baselines.add("t", "How many windows does the church of Ashwick have?", answer, text)
+    baselines.add("t", "How many windows?", "30", None)
+    assert baselines.shares() == [("t", 5, "60%", "20%", "75%")]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from pydantic import Field
 from ...extras import import_extra
 from ...files import write_text
 from ...strict_model import StrictModel
+from ..questions.baselines import Baselines
 from ..records import Drop
 
 
 FIGURE = "assets/document_lengths.png"
+_BASELINES = ("task", "rows", "the most frequent answer", "stands in the question", "stands in the nearest line")
 # Longer tables end in a line that says how many rows are left out
 _MAX_TABLE_ROWS = 40
 _PACKAGES = ("dgrpo-trl", "datasets", "huggingface_hub", "pyarrow", "tokenizers")
@@ -72,6 +74,7 @@ class Statistics:
     num_tokens: int = 0
     checks: dict[str, Counter[str]] = field(default_factory=dict)
     drops: Counter[tuple[str, str]] = field(default_factory=Counter)
+    baselines: Baselines = field(default_factory=Baselines)
 
     def add(self, record: Mapping[str, Any], num_tokens: int | None = None, license: str | None = None) -> None:
         """Counts a row of the data set ([`publish.published_record`]); of its document, what is known."""
@@ -80,6 +83,7 @@ class Statistics:
         self.sources[record["source"]] += 1
         self.languages[record["language"]] += 1
         self.tasks[record["task"]] += 1
+        self.baselines.add(record["task"], record["question"], record["answer"], record["document"])
         self.licenses[record["source"], license] += 1
         self.evidence_blocks[len(record["evidence"])] += 1
         self.responses.update(n for n in record if n.startswith("response_") and record[n] is not None)
@@ -187,6 +191,7 @@ def render_card(
         rows=f"{statistics.num_rows:,}",
         engine=engine,
         counts=_count_tables(statistics),
+        baselines=_table(_BASELINES, statistics.baselines.shares()),
         lengths=_lengths(statistics, tokenizer),
         figure=FIGURE if statistics.length_bins else None,
         checks=_checks_table(statistics),

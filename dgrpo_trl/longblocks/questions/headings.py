@@ -16,12 +16,17 @@ from .windows import Draft, Window
 
 
 _ALONE = r"(?m)(?:\A|(?<=\n\n)|(?<=\n\r\n))"
-_NUMBERED = re.compile(_ALONE + r"(\d+(?:\.\d+)*\.?[ \xa0][^\W\d_][^\n.]{2,70})[ \t]*\r?\n[ \t]*\r?\n")
-_ENTRY = re.compile(_ALONE + r"[ \t]*:([^:\n]{2,50}):[^\n]{0,40}\n[ \t]*\r?\n")
+_NUMBERED = re.compile(
+    _ALONE + r"(\d+(?:\.\d+)*\.?[ \xa0][^\W\d_][^\n]{2,90}(?:\r?\n[^\s*-][^\n]{0,90})?)[ \t]*\r?\n[ \t]*\r?\n"
+)
+_ENTRY = re.compile(_ALONE + r"[ \t]*:([^:\n]{2,50}):[^\n]*\n[ \t]*\r?\n")
 _CHAPTER = re.compile(
     _ALONE + r"[ \t]*((?:CHAPTER|BOOK|CANTO|LETTER|Chapter)\s+(?:[IVXLC]+|\d+)\b[^\n]{0,60}?)[ \t]*\r?\n"
 )
-_MARKDOWN = re.compile(r"(?m)^#{1,6} ([^\n#`]{3,70}?)[ \t]*#*[ \t]*\r?$")
+_MARKDOWN = re.compile(r"(?m)^ {0,3}#{1,6}[ \t]+(\S[^\n]*?)[ \t]*#*[ \t]*\r?$")
+# May be an item of a list, a paragraph, or a heading of another form: where one stands, nothing near it is certain
+_UNCERTAIN = re.compile(r"\d+\.? |.*[.,;:!?]$")
+_UNDERLINED = re.compile(r"(?m)^\S[^\n|]*\n(?:=+|-{3,})[ \t]*$")
 _FENCED = re.compile(r"(?ms)^[ \t]*(```|~~~).*?^[ \t]*\1")
 _LINK = re.compile(r"\{([^{}]{2,50})\}")
 _COMMON = frozenset(
@@ -33,6 +38,7 @@ _REFERENCE = re.compile(r"(?i)\b(?:see|see also|section|chapter)\b[^.\n]{0,6}?\b
 @dataclass(frozen=True)
 class Section:
     title: str
+    raw: str  # the same with its punctuation
     heading: int  # where its line begins
     start: int  # of what stands under it, up to the next heading of any level
     end: int
@@ -48,9 +54,15 @@ def sections(text: str, kind: str = "text") -> list[Section]:
         found.sort(key=lambda match: match.start())
     ends = [*(match.start() for match in found[1:]), len(text)]
     return [
-        Section(" ".join(m[1].split()).strip(" ."), m.start(), m.end(), end)
+        Section(" ".join(m[1].split()).strip(" ."), _raw(m), m.start(), m.end(), end)
         for m, end in zip(found, ends, strict=False)
     ]
+
+
+def _raw(match: re.Match[str]) -> str:
+    """A title as it is judged: that of a chapter may end in a period."""
+    title = " ".join(match[1].split())
+    return title.rstrip(".") if match.re is _CHAPTER else title
 
 
 def is_headed(document: Document) -> bool:
@@ -59,8 +71,11 @@ def is_headed(document: Document) -> bool:
 
 
 def _unique(window: Window) -> list[Section]:
-    """Sections of a window whose heading it holds once; none where there are fewer than three."""
-    found = sections(window.text, window.document.kind)
+    """Sections of a window whose heading it holds once; none where there are fewer than three, or not all certain."""
+    kind = window.document.kind
+    found = sections(window.text, kind)
+    if _UNDERLINED.search(window.text) or (kind != "markdown" and any(_UNCERTAIN.match(s.raw) for s in found)):
+        return []
     counts = Counter(section.title.casefold() for section in found)
     return found if len(found) >= 3 and max(counts.values()) == 1 else []
 

@@ -348,10 +348,10 @@ TASKS: dict[str, Task] = {
     "heading": Task(0.15, headings.ask_heading, fits=headings.is_headed),
     "headings": Task(0.1, headings.list_headings, fits=headings.is_headed),
     "heading_reference": Task(0.1, headings.ask_reference, fits=headings.is_headed),
-    "code_caller": Task(0.1, python_code.ask_caller, fits=python_code.is_python),
-    "code_callers": Task(0.1, python_code.list_callers, fits=python_code.is_python),
-    "code_chain": Task(0.1, python_code.ask_chain, fits=python_code.is_python),
-    "code_raiser": Task(0.1, python_code.ask_raiser, fits=python_code.is_python),
+    "code_caller": Task(0.2, python_code.ask_caller, fits=python_code.is_python),
+    "code_callers": Task(0.2, python_code.list_callers, fits=python_code.is_python),
+    "code_chain": Task(0.2, python_code.ask_chain, fits=python_code.is_python),
+    "code_raiser": Task(0.2, python_code.ask_raiser, fits=python_code.is_python),
     "code_default": Task(0.05, python_code.ask_default, fits=python_code.is_python),
 }
 
