@@ -120,6 +120,18 @@ def test_plays_that_leave_an_answer_open_are_not_asked_about(task, text):
     assert make_rows(task, text)[0] == []
 
 
+@pytest.mark.parametrize("task", ["play_speaker", "play_reply"])
+def test_a_short_line_is_no_speaker(task):
+    text, number = make_play([*NAMES, "FELIX", "GRETA"])[0], iter(range(100))
+    text = re.sub(r"to you\.\n(?=The \d*5th)", lambda _: f"to you.\n\nGood Night{'x' * next(number)}.\n", text)
+    rows, _ = make_rows(task, text)
+    assert rows and "Good Nightx." in text
+    for row in rows:
+        assert row.answer in (*NAMES, "FELIX", "GRETA")
+        if task == "play_speaker":
+            assert not re.search("[0-9]*5th", row.question)
+
+
 @pytest.mark.parametrize(
     ("heading", "kind"), [("## {title}", "markdown"), ("{number}4. {title}", "text"), (":{title}:", "text")]
 )

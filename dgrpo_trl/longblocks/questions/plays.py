@@ -49,6 +49,9 @@ def _uncertain(found: list[Speech]) -> set[str]:
     """Names that may be taken for another's, and those that are none."""
     names = {speech.name for speech in found}
     uncertain = {name for name in names if _NO_NAME.search(name) or " and " in name.casefold()}
+    # A short line such as "Good Night." looks like a name in small letters
+    counts = Counter(speech.name for speech in found)
+    uncertain |= {name for name in names if counts[name] == 1 and not name.isupper()}
     for name in names:
         words = set(name.casefold().split())
         for other in names - {name}:
